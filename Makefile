@@ -1,0 +1,58 @@
+# make demo: set up and train a small model in an executed report.   make test: everything that CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+# Where pip takes torch from, for another build than PyPI's: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+README ?= README.md
+
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+METADATA := settings.ini setup.py pyproject.toml constraints.txt
+
+.PHONY: setup demo test sync reports docs readme clean
+
+$(VENV)/.base: $(METADATA)
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f'$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 to 3.13 are tried: make PYTHON=python3.12')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,hub]"
+	touch $@
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.base
+	$(BIN)/hnb run train
+
+test: $(VENV)/.dev sync
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --path nbs
+	$(OFFLINE) $(BIN)/nbdev_test --n_workers 0 --timing --path pipelines
+	$(BIN)/ruff check nbs pipelines tests setup.py
+	$(OFFLINE) $(BIN)/python -m pytest tests
+
+# In a copy, so that work in progress is never rewritten: export and clean must change nothing.
+sync: $(VENV)/.dev
+	@bin=$$(cd $(BIN) && pwd) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
+	cp -R settings.ini nbs pipelines hybrid_nb "$$copy" && \
+	(cd "$$copy" && "$$bin/nbdev_export" && "$$bin/nbdev_clean" && "$$bin/nbdev_clean" --fname pipelines) && \
+	for d in nbs pipelines hybrid_nb; do \
+	  diff -rq -x __pycache__ -x .ipynb_checkpoints -x .last_checked $$d "$$copy/$$d" || \
+	  { echo "nbdev_export or nbdev_clean changes $$d/: run both and commit"; exit 1; }; done
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
+	$(MAKE) readme
+
+readme:
+	@$(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input \
+	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9]{2}_)#](nbs/\1#g' | cat -s > $(README)
+
+clean:
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache
+	find nbs pipelines tests hybrid_nb -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

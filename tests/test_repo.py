@@ -1,0 +1,177 @@
+"""What holds for the repository as a whole: notebooks and modules, imports, pipelines, pinned versions, the README."""
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+PIPELINES = sorted((ROOT / "pipelines").glob("*.ipynb"))
+NUMBER = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS}
+
+
+def code_cells(path: Path) -> list[dict]:
+    "The code cells of a notebook, each with its source in one string."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
+
+
+def tree(source: str) -> ast.Module:
+    "The syntax tree of a cell, less IPython's magics."
+    return ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))))
+
+
+def imported(node: ast.AST) -> set[str]:
+    "The modules of this package that the code imports."
+    names = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.ImportFrom) and child.module == "hybrid_nb":
+            names |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom) and (child.module or "").startswith("hybrid_nb."):
+            names.add(child.module.split(".")[1])
+        elif isinstance(child, ast.Import):
+            names |= {a.name.split(".")[1] for a in child.names if a.name.startswith("hybrid_nb.")}
+    return names
+
+
+def mixes_imports(source: str) -> bool:
+    "True where a cell imports at its top level and does something else as well."
+    body = tree(source).body
+    imports = [isinstance(node, ast.Import | ast.ImportFrom) for node in body]
+    return any(imports) and not all(imports)
+
+
+def git(*arguments: str) -> list[str]:
+    "The lines that git prints, or none outside a checkout."
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.splitlines() if run.returncode == 0 else []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_its_module(path):
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    lines = "".join(first["source"]).splitlines()
+    assert lines[0].startswith("# ") and lines[1].startswith("> ") and lines[1].endswith(".")
+    exports = [m[1] for c in code_cells(path) if (m := re.match(r"#\|\s*default_exp (\w+)", c["source"]))]
+    assert exports == [path.stem[3:]]
+    assert (ROOT / "hybrid_nb" / f"{path.stem[3:]}.py").exists()
+
+
+def test_every_module_has_a_notebook():
+    modules = {p.stem for p in (ROOT / "hybrid_nb").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(NUMBER)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_nothing_imports_a_higher_number(path):
+    for cell in code_cells(path):
+        for name in imported(tree(cell["source"])):
+            assert NUMBER[name] < int(path.stem[:2]) or name == path.stem[3:], f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
+def test_imports_stand_alone(path):
+    assert [cell["source"] for cell in code_cells(path) if mixes_imports(cell["source"])] == []
+
+
+def test_mixed_imports_are_found():
+    assert mixes_imports("import math\nmath.pi")
+    assert not mixes_imports("#| export\nimport math\nfrom json import loads")
+    assert not mixes_imports("def f():\n    import torch\n    return torch")
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
+def test_pipeline_is_prose_and_calls(path):
+    defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    cells = code_cells(path)
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    assert [n for cell in cells for n in ast.walk(tree(cell["source"])) if isinstance(n, defined)] == []
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    for node in tree(tagged[0]["source"]).body:
+        assert isinstance(node, ast.AnnAssign), "a parameter is one `name: type = default  # help` a line"
+    for line in tagged[0]["source"].splitlines():
+        assert not line.strip() or line.startswith("#") or re.search(r"\S  # \S", line), line
+
+
+def test_no_path_of_one_machine():
+    places = re.compile(r"(?<![\w.~])/(work|root|home|tmp/[a-z]+nb)/")
+    for name in git("ls-files", "--cached", "--others", "--exclude-standard"):
+        path = ROOT / name
+        if path.suffix in {".py", ".ipynb", ".md", ".ini", ".toml", ".txt", ".yaml", ".html", ""} and path.is_file():
+            if path != Path(__file__).resolve():
+                found = places.search(path.read_text(encoding="utf-8"))
+                assert not found, f"{name} names {found[0]}"
+
+
+def test_importing_is_quick_and_leaves_torch_alone():
+    check = "import time; t = time.perf_counter(); import {}; import sys; assert 'torch' not in sys.modules; "
+    check += "print(time.perf_counter() - t)"
+    for module, seconds in (("hybrid_nb", 0.1), ("hybrid_nb.config", 0.3), ("hybrid_nb.runs", 0.5)):
+        times = []
+        for _ in range(3):
+            run = subprocess.run([sys.executable, "-c", check.format(module)], cwd=ROOT, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            times.append(float(run.stdout))
+        assert min(times) < seconds, f"import {module} takes {min(times):.2f} s"
+
+
+def settings() -> configparser.SectionProxy:
+    "The one section of settings.ini."
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return ini["DEFAULT"]
+
+
+def test_every_requirement_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines == sorted(lines) and all(re.fullmatch(r"[a-z0-9._-]+==[\w.]+", line) for line in lines)
+    pins = dict(line.split("==") for line in lines)
+    for key in ("requirements", "dev_requirements", "hub_requirements"):
+        for requirement in map(Requirement, settings()[key].split()):
+            pinned = pins[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(pinned), f"{requirement} excludes the pinned {pinned}"
+
+
+def test_known_holes_are_excluded():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    for name, least in (("torch", "2.10"), ("transformers", "5.3"), ("nbconvert", "7.17.1")):
+        assert Requirement(f"x>={least}").specifier.contains(pins[name])
+
+
+def test_metadata_of_the_package():
+    from importlib.metadata import entry_points, version
+
+    assert version("hybrid-nb") == settings()["version"]
+    assert [e.value for e in entry_points(group="papermill.engine", name="hybrid_nb")] == [
+        "hybrid_nb.pipeline:HybridEngine"
+    ]
+    assert [e.value for e in entry_points(group="console_scripts", name="hnb")] == ["hybrid_nb.pipeline:main"]
+
+
+def test_readme_is_made_from_the_index(tmp_path):
+    made = tmp_path / "README.md"
+    command = ["make", "-s", "readme", f"README={made}", f"VENV={sys.prefix}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert made.read_text() == (ROOT / "README.md").read_text(), "README.md is stale: make docs"
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), f"README.md links to {link}, which is missing"
+
+
+def test_readme_map_lists_every_notebook():
+    text = (ROOT / "README.md").read_text()
+    for path in NOTEBOOKS + PIPELINES:
+        assert f"]({path.relative_to(ROOT).as_posix()})" in text, f"the map lacks {path.name}: make docs"
