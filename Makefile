@@ -28,9 +28,12 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.base
 	$(BIN)/hnb run train
 
+# Pipelines run in a copy as well: with run folders of their own, so that no earlier run is taken for theirs.
 test: $(VENV)/.dev sync
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --path nbs
-	$(OFFLINE) $(BIN)/nbdev_test --n_workers 0 --timing --path pipelines
+	@bin=$$(cd $(BIN) && pwd) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
+	cp -R settings.ini constraints.txt pipelines hybrid_nb "$$copy" && cd "$$copy" && \
+	$(OFFLINE) PYTHONPATH="$$copy" "$$bin/nbdev_test" --n_workers 1 --timing --path pipelines
 	$(BIN)/ruff check nbs pipelines tests setup.py
 	$(OFFLINE) $(BIN)/python -m pytest tests
 
@@ -43,14 +46,20 @@ sync: $(VENV)/.dev
 	  diff -rq -x __pycache__ -x .ipynb_checkpoints -x .last_checked $$d "$$copy/$$d" || \
 	  { echo "nbdev_export or nbdev_clean changes $$d/: run both and commit"; exit 1; }; done
 
+reports: $(VENV)/.base
+	$(BIN)/hnb run train
+	$(BIN)/hnb run train -p model large
+	for file in pipelines/params/*.yaml; do test ! -e "$$file" || $(BIN)/hnb run train -f "$$file" || exit $$?; done
+	$(BIN)/hnb run benchmark
+
 docs: $(VENV)/.dev
 	$(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
 	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	$(MAKE) readme
 
 readme:
-	@$(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb \
-	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input \
+	@{ $(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input; echo; } \
 	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9]{2}_)#](nbs/\1#g' | cat -s > $(README)
 
 clean:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKS_UP_TO', 'attend_dense', 'attend_blocks', 'attend', 'projection', 'is_shared', 'Attention']
 
-# %% ../nbs/06_attention.ipynb #91d2740c
+# %% ../nbs/06_attention.ipynb #2e61826e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .config import ModelConfig
 from .orthogonal import OrthogonalLinear
 from .rope import apply_rope, rope_table
 
-# %% ../nbs/06_attention.ipynb #2ec73f51
+# %% ../nbs/06_attention.ipynb #26702bda
 def attend_dense(
     q_BHTK: Tensor,
     k_BGSK: Tensor,
@@ -25,13 +25,14 @@ def attend_dense(
     "Attention by one matrix of all scores: the reference."
     n_repeat, (T, S) = q_BHTK.shape[1] // k_BGSK.shape[1], (q_BHTK.shape[2], k_BGSK.shape[2])
     k_BHSK, v_BHSK = (t.repeat_interleave(n_repeat, dim=1) for t in (k_BGSK, v_BGSK))
-    scores = (q_BHTK @ k_BHSK.mT).float() * q_BHTK.shape[-1] ** -0.5
+    scores = q_BHTK @ k_BHSK.mT * q_BHTK.shape[-1] ** -0.5
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return F.dropout(scores.softmax(-1).to(v_BHSK.dtype), dropout) @ v_BHSK
 
-# %% ../nbs/06_attention.ipynb #0e5ead40
+# %% ../nbs/06_attention.ipynb #60f97012
 def attend_blocks(
     q_BHTK: Tensor,
     k_BGTK: Tensor,
@@ -45,13 +46,13 @@ def attend_blocks(
     for i in range(0, T, block):
         j = min(i + block, T)
         scores = q_BGRTK[:, :, :, i:j].reshape(B, G, -1, K) @ k_BGTK[:, :, :j].mT
-        scores = scores.view(B, G, H // G, j - i, j).float()
+        scores = scores.view(B, G, H // G, j - i, j).to(torch.promote_types(scores.dtype, torch.float32))
         past = torch.arange(j, device=scores.device) <= torch.arange(i, j, device=scores.device)[:, None]
         probs = F.dropout(scores.masked_fill(~past, -torch.inf).softmax(-1).to(v_BGTK.dtype), dropout)
         out.append((probs.view(B, G, -1, j) @ v_BGTK[:, :, :j]).view(B, H, j - i, K))
     return torch.cat(out, dim=2)
 
-# %% ../nbs/06_attention.ipynb #28461a15
+# %% ../nbs/06_attention.ipynb #bc3e0a96
 BLOCKS_UP_TO = 2048  # tokens; beyond, blocks would hold too many scores for the backward pass
 
 def attend(
@@ -71,7 +72,7 @@ def attend(
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, mask, dropout, is_causal=mask is None and T > 1,
                                           enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1])
 
-# %% ../nbs/06_attention.ipynb #1e3ec50f
+# %% ../nbs/06_attention.ipynb #c86fee72
 def projection(
     config: ModelConfig,
     role: str,  # 'q', 'k', 'v' or 'o'
@@ -93,7 +94,7 @@ def is_shared(config: ModelConfig, role: str) -> bool:
     "Whether all layers use one projection of this role."
     return config.ortho_shared and config.state(role).startswith("frozen")
 
-# %% ../nbs/06_attention.ipynb #01361a96
+# %% ../nbs/06_attention.ipynb #c2d9cfc1
 class Attention(nn.Module):
     "Causal self-attention over the past, with an optional cache."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loss', 'evaluate', 'sample_text']
 
-# %% ../nbs/14_evaluate.ipynb #9b13230d
+# %% ../nbs/14_evaluate.ipynb #298a2a0c
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/14_evaluate.ipynb #ec19e0b7
+# %% ../nbs/14_evaluate.ipynb #30ab0bdb
 class Loss(NamedTuple):
     "What a model loses on a text."
     nats: float  # a token, mean
@@ -32,7 +32,7 @@ class Loss(NamedTuple):
         "Bits that coding the text by this model takes, a byte of text."
         return self.nats * self.tokens / (math.log(2) * n_bytes)
 
-# %% ../nbs/14_evaluate.ipynb #d3422d22
+# %% ../nbs/14_evaluate.ipynb #39dda1cf
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # called as model(input_ids, shift_labels=..., num_items_in_batch=1)
@@ -53,7 +53,7 @@ def evaluate(
         raise ValueError("nothing to evaluate: no targets in the batches")
     return Loss(float(total) / count, count)
 
-# %% ../nbs/14_evaluate.ipynb #50c14993
+# %% ../nbs/14_evaluate.ipynb #96f39e27
 def sample_text(
     model: nn.Module,
     tokenizer,  # a tokenizers.Tokenizer

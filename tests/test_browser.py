@@ -89,7 +89,11 @@ def restart_and_run_all(page, server: dict, path: str) -> list:
         if api(server, kernel)["execution_state"] != "idle":
             return None
         page.locator(".jp-NotebookPanel:visible .jp-Notebook").first.press("Control+s")
-        cells = [c for c in nbformat.read(file, 4).cells if c.cell_type == "code" and c.source.strip()]
+        try:
+            nb = nbformat.read(file, 4)
+        except nbformat.reader.NotJSONError:
+            return None  # the server is writing it
+        cells = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
         failed = any(o.output_type == "error" for c in cells for o in c.outputs)
         return cells if failed or all(c.execution_count for c in cells) else None
 
@@ -129,7 +133,7 @@ def test_train_notebook_in_jupyterlab(page, lab, copy):
 
 
 def test_failing_cell_is_noticed(page, lab, copy):
-    nb = nbformat.v4.new_notebook()
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
     nb.cells = [nbformat.v4.new_code_cell(source) for source in ("1 + 1", "1 / 0", "2 + 2")]
     nbformat.write(nb, copy / "failing.ipynb")
     cells = restart_and_run_all(page, lab, "failing.ipynb")
@@ -160,7 +164,7 @@ CONTRAST = """() => {
   return result.sort((x, y) => x[0] - y[0]);
 }"""
 BODY = "() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-IMAGES = "() => [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.outerHTML.slice(0, 90))"
+IMAGES = "() => [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.outerHTML.slice(0, 80))"
 WIDTH = "() => document.documentElement.scrollWidth"
 
 
@@ -179,6 +183,7 @@ def look(browser, file: Path, scheme: str, width: int, picture: Path) -> list[st
     page.on("request", lambda r: r.url.startswith(("file:", "data:")) or wrong.append(f"request: {r.url}"))
     page.goto(file.as_uri(), wait_until="load")
     page.screenshot(path=picture, full_page=True)
+    page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
     ground, ink = map(luminance, page.evaluate(BODY))
     if (ground < 0.5) != (scheme == "dark") or (ink > 0.5) != (scheme == "dark"):
         wrong.append(f"{scheme}: background {ground:.2f}, text {ink:.2f}")
@@ -200,13 +205,16 @@ def small_report(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("report")
     nb = nbformat.v4.new_notebook()
+    sources = [
+        "import matplotlib.pyplot as plt\nimport pandas as pd",
+        "plt.plot([1, 2, 4]); plt.xlabel('step'); plt.show()",
+        "pd.DataFrame([range(1000, 1030)] * 3, columns=[f'column {i}' for i in range(30)])",
+        "print('word ' * 100); print('unbroken' * 50)",
+        "import sys\nfor i in range(2):  # why\n    print(f'warning {i + 1.5}', file=sys.stderr)",
+    ]
     nb.cells = [
-        nbformat.v4.new_markdown_cell("# A report\n\nProse with $x^2$, `code` and [a link](other.html)."),
-        nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nimport pandas as pd"),
-        nbformat.v4.new_code_cell("plt.plot([1, 2, 4]); plt.xlabel('step'); plt.show()"),
-        nbformat.v4.new_code_cell("pd.DataFrame([range(1000, 1030)] * 3, columns=[f'column {i}' for i in range(30)])"),
-        nbformat.v4.new_code_cell("print('word ' * 100); print('unbroken' * 50)"),
-        nbformat.v4.new_code_cell("import sys; print('a warning', file=sys.stderr)"),
+        nbformat.v4.new_markdown_cell("# A report\n\nProse with *stress*, `code` and [a link](other.html)."),
+        *map(nbformat.v4.new_code_cell, sources),
     ]
     NotebookClient(nb, timeout=60, kernel_name="python3").execute()
     nbformat.write(nb, folder / "report.ipynb")

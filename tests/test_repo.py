@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -88,6 +90,13 @@ def test_mixed_imports_are_found():
     assert not mixes_imports("def f():\n    import torch\n    return torch")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_cells_for_a_gpu_pass_without_one(path):
+    for cell in code_cells(path):
+        if re.match(r"#\|\s*gpu", cell["source"]):
+            assert "cuda.is_available()" in cell["source"], f"JupyterLab runs this cell everywhere:\n{cell['source']}"
+
+
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
 def test_pipeline_is_prose_and_calls(path):
     defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
@@ -162,6 +171,20 @@ def test_readme_is_made_from_the_index(tmp_path):
     command = ["make", "-s", "readme", f"README={made}", f"VENV={sys.prefix}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert made.read_text() == (ROOT / "README.md").read_text(), "README.md is stale: make docs"
+
+
+def test_readme_is_what_its_cells_show_today():
+    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
+    shown = [line for cell in nb.cells for line in shown_lines(cell)]
+    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": ROOT / "nbs"}}).execute()
+    today = {line for cell in nb.cells for line in shown_lines(cell)}
+    assert shown and [line for line in shown if line not in today] == [], "make docs"
+
+
+def shown_lines(cell) -> list[str]:
+    "What the README takes from a cell; a report that was made since need not be in it."
+    outputs = cell.get("outputs", [])
+    return "\n".join(o.get("data", {}).get("text/markdown", "") or o.get("text", "") for o in outputs).splitlines()
 
 
 def test_readme_links_lead_somewhere():
