@@ -11,7 +11,7 @@ __all__ = ['GRAMMAR', 'NUMBERS', 'STORIES', 'END', 'BPE_TEXT', 'DataError', 'Ite
            'encoded', 'corpus_tokenizer', 'token_count', 'epoch_order', 'step_windows', 'TokenData', 'load_tokens',
            'prepare', 'batch_hash', 'loader']
 
-# %% ../nbs/02_data.ipynb #55e7138c
+# %% ../nbs/02_data.ipynb #e8efa2c8
 import codecs
 import fcntl
 import gzip
@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from graphlib import CycleError, TopologicalSorter
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -45,12 +45,12 @@ from tqdm import tqdm
 
 from .config import DataConfig, TrainConfig, closest
 
-# %% ../nbs/02_data.ipynb #6064166f
+# %% ../nbs/02_data.ipynb #54c752e8
 class DataError(ValueError):
     "Text, a tokenizer or stored tokens that no run can use; the message names it and what is admissible."
     exit_code = 65
 
-# %% ../nbs/02_data.ipynb #9434fddb
+# %% ../nbs/02_data.ipynb #e8d1da83
 class Item(NamedTuple):
     "One piece of a template: literal text, a rule to tell, or a slot to copy."
     text: str = ""
@@ -71,7 +71,7 @@ def parse_template(
         items.append(Item(text, rule.lower(), slot.lower(), mark == ":", (left or right)[:1].isupper()))
     return tuple(items)
 
-# %% ../nbs/02_data.ipynb #bfe8618e
+# %% ../nbs/02_data.ipynb #4df414b9
 @dataclass(frozen=True)
 class Given:
     "A rule whose options depend on slots."
@@ -85,7 +85,7 @@ def given(
     "A rule with one table of options for each value of the slots."
     return Given(tuple(slots.split()), tables)
 
-# %% ../nbs/02_data.ipynb #dacbc81e
+# %% ../nbs/02_data.ipynb #ffb24500
 class Option(NamedTuple):
     "A template with its probability."
     p: float
@@ -115,7 +115,7 @@ def parse_options(
         table.append(Option(w / total, math.log(total / w), items, plain))
     return tuple(table), [c / total for c in accumulate(weights)][:-1]
 
-# %% ../nbs/02_data.ipynb #cd5a1352
+# %% ../nbs/02_data.ipynb #44e0ed3f
 def compile_grammar(
     source: dict[str, str | list[str] | Given],  # rule name: options
 ) -> dict[str, Rule]:
@@ -123,8 +123,9 @@ def compile_grammar(
     rules = {}
     for name, rule in source.items():
         rule = rule if isinstance(rule, Given) else Given((), {"": rule})
-        keys = [(k,) if len(rule.slots) == 1 else tuple(k.split()) for k in rule.tables]
-        rules[name] = Rule(rule.slots, {k: parse_options(o, source) for k, o in zip(keys, rule.tables.values(), strict=True)})
+        rules[name] = Rule(rule.slots, {
+            (values,) if len(rule.slots) == 1 else tuple(values.split()): parse_options(options, source)
+            for values, options in rule.tables.items()})
     _check_grammar(rules)
     return rules
 
@@ -149,7 +150,7 @@ def _check_grammar(rules: dict[str, Rule]):
     except CycleError as error:
         raise ValueError(f"a rule calls itself: {' -> '.join(error.args[1])}") from None
 
-# %% ../nbs/02_data.ipynb #f50eafe0
+# %% ../nbs/02_data.ipynb #eec7c962
 def tell(
     rules: dict[str, Rule],
     rng: random.Random,
@@ -186,7 +187,7 @@ def tell(
     say((Item(rule=start),))
     return "".join(parts), nats
 
-# %% ../nbs/02_data.ipynb #e0ad2e46
+# %% ../nbs/02_data.ipynb #dcdd4a25
 def derivations(
     rules: dict[str, Rule],
     text: str,
@@ -222,7 +223,7 @@ def derivations(
 
     return (nats for end, _, nats, _ in match((Item(rule=start),), 0, {}, False) if end == len(text))
 
-# %% ../nbs/02_data.ipynb #d9429c73
+# %% ../nbs/02_data.ipynb #7df9308b
 def _settled(rules: dict[str, Rule], item: Item) -> bool:
     "Whether an item has nothing to choose and remembers nothing: text, a copy, or a rule like `he`."
     tables = rules[item.rule].tables.values() if item.rule else ()
@@ -240,7 +241,7 @@ def slot_readers(
         return frozenset(rule.given).union(*(reads(i) for t, _ in rule.tables.values() for o in t for i in o.items))
     return reads
 
-# %% ../nbs/02_data.ipynb #6f8e4052
+# %% ../nbs/02_data.ipynb #f8da22a9
 def _keep(slots: Iterable[tuple[str, str]], names: frozenset[str]) -> frozenset[tuple[str, str]]:
     return frozenset(x for x in slots if x[0] in names)
 
@@ -280,7 +281,7 @@ def entropy(
 
     return visit(Item(rule=start), frozenset(), frozenset())[0]
 
-# %% ../nbs/02_data.ipynb #f55d364d
+# %% ../nbs/02_data.ipynb #43629f4a
 GRAMMAR: dict[str, str | list[str] | Given] = {
     "sexes": "girl|boy",
     "names": given("sex",
@@ -305,7 +306,7 @@ GRAMMAR: dict[str, str | list[str] | Given] = {
     "then": "Then|Soon|Suddenly|A moment later|All at once|Before long|Luckily",
 }
 
-# %% ../nbs/02_data.ipynb #005bfdce
+# %% ../nbs/02_data.ipynb #e9853aea
 GRAMMAR |= {
     "lands": "wood|shore|hill|farm|town",
     "places": given("land",
@@ -343,7 +344,7 @@ GRAMMAR |= {
     "times": "morning*3|afternoon*2|evening*2|Monday|Sunday",
 }
 
-# %% ../nbs/02_data.ipynb #cf06c4de
+# %% ../nbs/02_data.ipynb #0d32db3d
 GRAMMAR |= {
     "animals": "dog*3|cat*3|rabbit*3|fox*3|frog*2|mouse*2|bear*2|duck*2|hedgehog*2|squirrel*2|turtle*2|goat*2|crow|"
         "badger",
@@ -368,11 +369,12 @@ GRAMMAR |= {
         **{thing: "silver*2|golden*2|rusty|brass|copper|shiny"
            for thing in "bell key lantern compass spoon crown clock mirror sword".split()},
         **{thing: "red*2|blue*2|green*2|yellow*2|purple|white|striped|spotted|pink|brown"
-           for thing in "kite ball hat book drum boat basket flute teapot umbrella scarf violin box mask chair".split()}),
+           for thing in "kite ball hat book drum boat basket flute teapot umbrella scarf violin box mask chair"
+           .split()}),
     "treasure": "{thing:things}{colour=colours} {thing}",
 }
 
-# %% ../nbs/02_data.ipynb #da8b35e0
+# %% ../nbs/02_data.ipynb #0578cd81
 GRAMMAR |= {
     "adj": "big|small|lonely|funny|grumpy|dusty|sleepy|noisy|polite|lazy|hungry|proud|wobbly|tired|thin|famous|"
         "very old|friendly|blue|round|wet|frozen|secret|rich|barefoot|pale|singing|half-asleep|nervous",
@@ -422,7 +424,7 @@ GRAMMAR |= {
         "works at night|has two shadows|cannot count|is always late",
 }
 
-# %% ../nbs/02_data.ipynb #7953c7a6
+# %% ../nbs/02_data.ipynb #81815bf9
 GRAMMAR |= {
     "opening": [
         "Once upon a time, a {trait=traits} {sex} named {hero=names} lived with {his} {giver=givers} {homes} near "
@@ -486,7 +488,7 @@ GRAMMAR |= {
         "told a long story|burped politely|asked for salt|wept with joy|took a second one",
 }
 
-# %% ../nbs/02_data.ipynb #04812d0d
+# %% ../nbs/02_data.ipynb #eb9d8dd3
 GRAMMAR |= {
     "lost": "{vanish} {search}\n\n{meet} {clue} {find} {thanks}",
     "vanish": given("sky",
@@ -530,7 +532,7 @@ GRAMMAR |= {
         "a birthday present|a weapon|a very bad soup bowl|a friend",
 }
 
-# %% ../nbs/02_data.ipynb #ee3960fd
+# %% ../nbs/02_data.ipynb #1d449c77
 GRAMMAR |= {
     "race": "{news} {meet} {brag}\n\n{start} {decide} {event} {winner:winners}{result} {thanks}",
     "news": [
@@ -575,7 +577,7 @@ GRAMMAR |= {
     "margin": "a nose|two steps|a hair|one minute|three sneezes|a whisker|half a song",
 }
 
-# %% ../nbs/02_data.ipynb #bba22e9c
+# %% ../nbs/02_data.ipynb #93e0bead
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 GRAMMAR |= {
@@ -603,7 +605,7 @@ GRAMMAR |= {
         "called the neighbours|fainted|took a photograph|hid it from the cat",
 }
 
-# %% ../nbs/02_data.ipynb #b9c29dfb
+# %% ../nbs/02_data.ipynb #8de6c24f
 GRAMMAR |= {
     "door": "{hero} found a {wooden} door {hideout=hideouts}. {meet} {secret}\n\n{distraction} {sight} {decide} "
         "{open} {thanks}",
@@ -658,7 +660,7 @@ GRAMMAR |= {
     "paw": "{pet}|YOUR FRIEND|SOMEBODY WITH A TAIL|ME",
 }
 
-# %% ../nbs/02_data.ipynb #83eb0356
+# %% ../nbs/02_data.ipynb #c5cf0c61
 GRAMMAR |= {
     "story": "{sex:sexes}{land:lands}{opening} {habit}{aside}\n\nOne {sky=skies} {times}, {plot:plots}{tale}\n\n"
         "{close} {moral}",
@@ -689,7 +691,7 @@ GRAMMAR |= {
 }
 STORIES = compile_grammar(GRAMMAR)
 
-# %% ../nbs/02_data.ipynb #025b80b5
+# %% ../nbs/02_data.ipynb #b431fabf
 class Story(NamedTuple):
     "A text with its exact -log p under the grammar."
     text: str
@@ -711,13 +713,13 @@ def generate(
     "The first n stories of a seed."
     return (story(i, seed, split) for i in range(n))
 
-# %% ../nbs/02_data.ipynb #efc543ea
+# %% ../nbs/02_data.ipynb #25c2b9e8
 @cache
 def grammar_entropy() -> float:  # nats a story
     "The exact expectation of -log p over the stories of the embedded corpus."
     return entropy(STORIES)
 
-# %% ../nbs/02_data.ipynb #017fbb43
+# %% ../nbs/02_data.ipynb #821feba5
 class Document(NamedTuple):
     "A text and the split it belongs to."
     split: str  # 'train' or 'valid'
@@ -733,7 +735,7 @@ class Corpus:
     size: float | None = None  # bytes of text, about; None: not known before reading
     entropy: float | None = None  # expected nats a document; None: not known
 
-# %% ../nbs/02_data.ipynb #9166c468
+# %% ../nbs/02_data.ipynb #e990f03c
 def split_by_hash(
     text: str,
     valid_fraction: float,  # of the documents, in (0, 1)
@@ -742,7 +744,7 @@ def split_by_hash(
     draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return "valid" if draw < valid_fraction * 2**64 else "train"
 
-# %% ../nbs/02_data.ipynb #2ddd54bc
+# %% ../nbs/02_data.ipynb #0d0818d1
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -753,7 +755,7 @@ def _sha256(path: Path) -> str:
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-# %% ../nbs/02_data.ipynb #9129b291
+# %% ../nbs/02_data.ipynb #9337c1ce
 END = "<|endoftext|>"
 
 class FileFacts(NamedTuple):
@@ -789,7 +791,7 @@ def scan(
         raise DataError(f"{path} is empty")
     return FileFacts(digest.hexdigest(), size, marked)
 
-# %% ../nbs/02_data.ipynb #a8f93362
+# %% ../nbs/02_data.ipynb #8613adad
 def _open_text(path: Path) -> TextIO:
     return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
@@ -810,12 +812,12 @@ def text_documents(
                 lines, length = [], 0
     yield "".join(lines).strip("\n")
 
-# %% ../nbs/02_data.ipynb #a2324973
+# %% ../nbs/02_data.ipynb #85ed4e68
 def _field(row: Any, key: str, where: str) -> str:
     "The text of a row, or an error that names the keys there are."
     if not isinstance(row, dict) or key not in row:
         keys = list(row) if isinstance(row, dict) else []
-        raise DataError(f"{where} has no key {key!r}{closest(key, keys)}: text_key must be one of {', '.join(keys) or 'none'}")
+        raise DataError(f"{where} has no key {key!r}{closest(key, keys)}; its keys are: {', '.join(keys) or 'none'}")
     if not isinstance(row[key], str):
         raise DataError(f"{where}: {key!r} holds {type(row[key]).__name__}, not text")
     return row[key]
@@ -834,7 +836,7 @@ def json_documents(
                     raise DataError(f"{path}, line {n} is not JSON: {error}") from None
                 yield _field(row, key, f"{path}, line {n}")
 
-# %% ../nbs/02_data.ipynb #c628b662
+# %% ../nbs/02_data.ipynb #bc2e3682
 _SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 def text_files(
@@ -850,7 +852,7 @@ def text_files(
         return [(f, None) for f in files]
     return [(f, split if "valid" in splits.values() else None) for f, split in splits.items()]
 
-# %% ../nbs/02_data.ipynb #7b632a1b
+# %% ../nbs/02_data.ipynb #52ae3d45
 def _check_exists(path: Path):
     "Names what comes nearest to a path that does not exist."
     missing = path
@@ -878,7 +880,7 @@ def file_corpus(data: DataConfig) -> Corpus:
     size = sum(facts.size for *_, facts in files)
     return Corpus(data.source, _digest("files", kinds, data.text_key, data.valid_fraction), documents, size)
 
-# %% ../nbs/02_data.ipynb #4be569b4
+# %% ../nbs/02_data.ipynb #3cfb043a
 def _load_hub(name: str) -> dict[str, Iterable[dict]]:
     "The splits of a data set of the hub; `datasets` is imported nowhere else."
     try:
@@ -903,14 +905,14 @@ def hub_corpus(data: DataConfig) -> Corpus:
         for split in ["train"] + ([valid] if valid else []):
             for n, row in enumerate(splits[split]):
                 if (text := _field(row, data.text_key, f"hf:{name}, {split} row {n}")).strip():
-                    chosen = "valid" if split == valid else "train" if valid else split_by_hash(text, data.valid_fraction)
-                    yield Document(chosen, text)
+                    known = "valid" if split == valid else "train" if valid else None
+                    yield Document(known or split_by_hash(text, data.valid_fraction), text)
 
     files = sorted(f for f in Path(name).rglob("*") if f.is_file()) if Path(name).is_dir() else []
     content = [_sha256(f) for f in files] or name
     return Corpus(data.source, _digest("hub", content, data.text_key, data.valid_fraction), documents)
 
-# %% ../nbs/02_data.ipynb #259369f4
+# %% ../nbs/02_data.ipynb #3464ff61
 def grammar_corpus(data: DataConfig) -> Corpus:
     "The embedded corpus: stories to train on, and valid_fraction times as many to validate."
     count = {"train": data.grammar_stories, "valid": math.ceil(data.grammar_stories * data.valid_fraction)}
@@ -930,7 +932,7 @@ def corpus(
         return grammar_corpus(data)
     return hub_corpus(data) if data.source.startswith("hf:") else file_corpus(data)
 
-# %% ../nbs/02_data.ipynb #5d9c7c62
+# %% ../nbs/02_data.ipynb #9afc9ea1
 def _finished(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([END])
     tokenizer.no_padding()
@@ -954,12 +956,12 @@ def train_bpe(
     tokenizer.train_from_iterator(texts, trainer)
     return _finished(tokenizer)
 
-# %% ../nbs/02_data.ipynb #7d477761
+# %% ../nbs/02_data.ipynb #33328739
 def tokenizer_hash(tokenizer: Tokenizer) -> str:  # 64 hexadecimal digits
     "SHA-256 of a tokenizer's JSON."
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
-# %% ../nbs/02_data.ipynb #5094d38b
+# %% ../nbs/02_data.ipynb #e64193ca
 def load_tokenizer(
     source: str | Path,  # folder, tokenizer.json, or 'hf:owner/name'
 ) -> Tokenizer:
@@ -978,7 +980,7 @@ def load_tokenizer(
     raise DataError(f"no tokenizer in {name}: a folder must hold tokenizer.json, or vocab.json and merges.txt; "
                     "else write 'bpe' or 'hf:owner/name'")
 
-# %% ../nbs/02_data.ipynb #6c6ac970
+# %% ../nbs/02_data.ipynb #40c201e6
 def _sync(path: Path):
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -1018,7 +1020,7 @@ def publish(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/02_data.ipynb #8ef93b3f
+# %% ../nbs/02_data.ipynb #3db704b4
 def read_manifest(
     folder: Path,  # written by publish
     verify: bool = False,  # read every file and compare hashes, not only sizes
@@ -1042,7 +1044,7 @@ def read_manifest(
             raise damaged(f"{path} is damaged: its SHA-256 differs from the manifest's")
     return manifest
 
-# %% ../nbs/02_data.ipynb #9f1cd5db
+# %% ../nbs/02_data.ipynb #0f9afa49
 class ShardWriter:
     "Appends tokens of one split to files, and counts them."
 
@@ -1075,7 +1077,7 @@ class ShardWriter:
         if self.file:
             self.file.close()
 
-# %% ../nbs/02_data.ipynb #c3e9dd68
+# %% ../nbs/02_data.ipynb #917d4ff8
 class Shards:
     "Token files, read as one sequence."
 
@@ -1100,7 +1102,7 @@ class Shards:
     def __reduce__(self):  # a worker process opens the files again instead of receiving their content
         return Shards, (self.paths, self.dtype)
 
-# %% ../nbs/02_data.ipynb #b921cc76
+# %% ../nbs/02_data.ipynb #ffaf734d
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
     "Lists of documents of at least `size` characters together."
     batch, length = [], 0
@@ -1130,24 +1132,31 @@ def encoded(
         for done, job in waiting:
             yield done, job.result()
 
-# %% ../nbs/02_data.ipynb #2a4095f4
-BPE_TEXT = 1 << 26  # characters
+# %% ../nbs/02_data.ipynb #516aee69
+BPE_TEXT = 4096  # characters of training text a token
 
 def _progress(documents: Iterable[Document], what: str, size: float | None) -> Iterator[Document]:
     "Passes documents on, with a bar where it takes longer than two seconds."
-    with tqdm(total=size, desc=what, unit="B", unit_scale=True, delay=2) as bar:
+    with tqdm(total=size, desc=what, unit="B", unit_scale=True, delay=2, mininterval=1) as bar:
         for document in documents:
             yield document
             bar.update(len(document.text))
 
-def _training_text(source: Corpus) -> Iterator[str]:
-    left = BPE_TEXT
-    for document in _progress(source.documents(), "training the tokenizer", source.size and min(source.size, BPE_TEXT)):
-        if document.split == "train":
-            yield document.text
-            left -= len(document.text)
-        if left <= 0:
-            return
+def _write_bpe(source: Corpus, vocab_size: int, into: Path) -> dict[str, Any]:
+    "Fills a folder with a tokenizer trained on a corpus and returns the manifest's facts."
+    left = BPE_TEXT * vocab_size
+
+    def texts():
+        nonlocal left
+        for document in _progress(source.documents(), "training the tokenizer", source.size and min(source.size, left)):
+            if document.split == "train":
+                yield document.text
+                left -= len(document.text)
+                if left <= 0:
+                    return
+
+    train_bpe(texts(), vocab_size).save(str(into / "tokenizer.json"))
+    return {"vocab_size": vocab_size}
 
 def corpus_tokenizer(
     data: DataConfig,
@@ -1161,7 +1170,7 @@ def corpus_tokenizer(
         if size < 257:
             raise DataError(f"vocab_size={vocab_size} is below 257: a tokenizer needs 256 bytes and the end marker")
         folder = cache / f"bpe-{_digest(source.key, size, BPE_TEXT)[:16]}"
-        publish(folder, lambda into: {"size": train_bpe(_training_text(source), size).save(str(into / "tokenizer.json"))})
+        publish(folder, partial(_write_bpe, source, size))
         read_manifest(folder, verify=True)
     tokenizer = load_tokenizer(folder if data.tokenizer == "bpe" else data.tokenizer)
     if (count := token_count(tokenizer)) > vocab_size:
@@ -1172,7 +1181,7 @@ def token_count(tokenizer: Tokenizer) -> int:
     "One more than a tokenizer's largest token."
     return max(tokenizer.get_vocab().values()) + 1
 
-# %% ../nbs/02_data.ipynb #5c6820fb
+# %% ../nbs/02_data.ipynb #b62c5c59
 def _write_tokens(source: Corpus, tokenizer: Tokenizer, shard_tokens: int, into: Path) -> dict[str, Any]:
     "Fills a folder with a corpus's tokens and returns the manifest's facts."
     end, vocab_size = tokenizer.token_to_id(END), token_count(tokenizer)
@@ -1201,7 +1210,7 @@ def _write_tokens(source: Corpus, tokenizer: Tokenizer, shard_tokens: int, into:
         "expected_floor_nats": source.entropy * documents["valid"] / valid.total if known else None,
     }
 
-# %% ../nbs/02_data.ipynb #c71b0a10
+# %% ../nbs/02_data.ipynb #29c119f7
 @lru_cache(maxsize=4)
 def epoch_order(
     windows: int,  # in the training split
@@ -1211,7 +1220,7 @@ def epoch_order(
     "The order in which an epoch visits the windows."
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(windows), kind="stable")
 
-# %% ../nbs/02_data.ipynb #69944949
+# %% ../nbs/02_data.ipynb #e4c9c7a6
 def step_windows(
     step: int,  # from 0
     windows: int,  # in the training split
@@ -1231,7 +1240,7 @@ def step_windows(
         found[here] = epoch_order(windows, config.seed, int(epoch))[places[here]]
     return found
 
-# %% ../nbs/02_data.ipynb #038005a2
+# %% ../nbs/02_data.ipynb #44e06a99
 @dataclass(frozen=True, eq=False)
 class TokenData:
     "Prepared tokens of a source, and their batches."
@@ -1279,7 +1288,7 @@ class TokenData:
         limit: int = 0,  # batches at most, over all processes; 0: the whole split
         rank: int = 0,  # of this process, which takes every world_size-th batch
         world_size: int = 1,
-    ) -> Iterator[tuple[Tensor, Tensor]]:  # inputs and targets, (B, T) int64; target -100 where there is nothing to predict
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # inputs and targets, (B, T) int64; target -100: nothing to predict
         "All validation tokens in order, in batches of one shape."
         windows = math.ceil((self.valid_tokens - 1) / seq_len)
         count = math.ceil(windows / batch_size)
@@ -1291,15 +1300,15 @@ class TokenData:
             tokens = torch.from_numpy(rows)
             yield tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
 
-# %% ../nbs/02_data.ipynb #67bb1edf
+# %% ../nbs/02_data.ipynb #02814596
 def load_tokens(
     folder: Path,  # written by prepare
     verify: bool = False,  # compare every file's hash, not only its size
 ) -> TokenData:
     "Prepared tokens, whose files are checked."
     facts = read_manifest(folder, verify)
-    names, dtype = facts.pop("files"), facts.pop("dtype")
-    shards = {s: Shards([folder / n for n in sorted(names) if n.startswith(s + "-")], dtype) for s in ("train", "valid")}
+    files, dtype = sorted(facts.pop("files")), facts.pop("dtype")
+    shards = {s: Shards([folder / f for f in files if f.startswith(f"{s}-")], dtype) for s in ("train", "valid")}
     return TokenData(folder=folder, source="", tokenizer="", **facts, **shards)
 
 def prepare(
@@ -1322,7 +1331,7 @@ def prepare(
                             f"one sequence needs seq_len + 1 = {seq_len + 1}")
     return tokens
 
-# %% ../nbs/02_data.ipynb #cd9a38d5
+# %% ../nbs/02_data.ipynb #76637f7f
 def batch_hash(
     inputs: Tensor,  # of any shape
     targets: Tensor,
@@ -1333,7 +1342,7 @@ def batch_hash(
         digest.update(tensor.cpu().numpy().astype("<i8"))
     return digest.hexdigest()
 
-# %% ../nbs/02_data.ipynb #bcdfad7a
+# %% ../nbs/02_data.ipynb #15860435
 @dataclass(frozen=True)
 class _Steps(Dataset):
     "The batches of a range of steps, as worker processes ask for them."

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['DecoderConfig', 'RMSNorm', 'make_norm', 'DecoderBlock', 'DecoderPreTrainedModel', 'DecoderModel',
-           'linear_cross_entropy', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama']
+           'linear_cross_entropy', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama',
+           'checkpoint_activations']
 
-# %% ../nbs/09_decoder.ipynb #32d88fb7
+# %% ../nbs/09_decoder.ipynb #f0151391
+import re
 from dataclasses import fields
 from functools import partial
 
@@ -26,7 +28,7 @@ from .ffn import feed_forward
 from .orthogonal import OrthogonalLinear, seeded_weights
 from .rope import rope_table
 
-# %% ../nbs/09_decoder.ipynb #01700115
+# %% ../nbs/09_decoder.ipynb #0da50d12
 class DecoderConfig(PreTrainedConfig):
     "A `ModelConfig` in the form that transformers saves beside weights."
     model_type = "hybrid_nb_decoder"
@@ -58,7 +60,7 @@ class DecoderConfig(PreTrainedConfig):
         "The configuration for a shape; further values (`eos_token_id`, ...) are transformers'."
         return cls(**asdict(shape), **values)
 
-# %% ../nbs/09_decoder.ipynb #18b3bc46
+# %% ../nbs/09_decoder.ipynb #ae6cb930
 class RMSNorm(nn.RMSNorm):
     "Root-mean-square norm ([Zhang & Sennrich 2019](https://arxiv.org/abs/1910.07467)), computed in float32 at least."
 
@@ -71,7 +73,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
     kind = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}[config.norm]
     return kind(config.d_model, eps=config.norm_eps)
 
-# %% ../nbs/09_decoder.ipynb #7c731388
+# %% ../nbs/09_decoder.ipynb #b6dfcd30
 class DecoderBlock(GradientCheckpointingLayer):
     "Attention and feed-forward, each on a normalised copy of the residual stream."
 
@@ -99,7 +101,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         h_BTD = h_BTD + drop(self.self_attn(self.input_layernorm(h_BTD), rope, mask, past_key_values, shared, implementation))
         return h_BTD + drop(self.mlp(self.post_attention_layernorm(h_BTD)))
 
-# %% ../nbs/09_decoder.ipynb #154bb293
+# %% ../nbs/09_decoder.ipynb #6b626fd7
 class DecoderPreTrainedModel(PreTrainedModel):
     "What transformers needs to know of the decoder: configuration, initial weights, abilities."
     config_class = DecoderConfig
@@ -124,7 +126,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
-# %% ../nbs/09_decoder.ipynb #77aae0c5
+# %% ../nbs/09_decoder.ipynb #47592d94
 class DecoderModel(DecoderPreTrainedModel):
     "Token ids to hidden states."
 
@@ -189,7 +191,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=h_BTD, past_key_values=past_key_values,
                                        hidden_states=tuple(states) if output_hidden_states else None)
 
-# %% ../nbs/09_decoder.ipynb #84c5dbe5
+# %% ../nbs/09_decoder.ipynb #374f47f1
 class _LinearCrossEntropy(torch.autograd.Function):
     "Summed cross-entropy of a linear head, in chunks of rows."
 
@@ -234,7 +236,7 @@ def linear_cross_entropy(
     "The summed cross-entropy of a linear head, without ever holding all its logits."
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, chunk)
 
-# %% ../nbs/09_decoder.ipynb #76e95105
+# %% ../nbs/09_decoder.ipynb #8c0eec35
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     "Hidden states to next-word logits, or straight to their loss."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -243,6 +245,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DecoderModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._keys_to_ignore_on_load_missing = [f"^{re.escape(name)}$" for name in seeded_weights(self)]
         self.post_init()
 
     def forward(
@@ -277,7 +280,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig, exist_ok=True)
 AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM, exist_ok=True)
 
-# %% ../nbs/09_decoder.ipynb #aa873e87
+# %% ../nbs/09_decoder.ipynb #51cd320b
 def make_decoder(
     shape: ModelConfig,
     **values,  # transformers' own: eos_token_id, ...
@@ -285,13 +288,13 @@ def make_decoder(
     "A decoder of a shape, with fresh weights."
     return DecoderForCausalLM(DecoderConfig.from_model(shape, **values))
 
-# %% ../nbs/09_decoder.ipynb #c595d0db
+# %% ../nbs/09_decoder.ipynb #eca816a0
 def learned_state(model: nn.Module) -> dict[str, Tensor]:
     "The state dictionary without what a seed can rebuild."
     leave = set(seeded_weights(model))
     return {n: t for n, t in model.state_dict().items() if n not in leave}
 
-# %% ../nbs/09_decoder.ipynb #5e0535c2
+# %% ../nbs/09_decoder.ipynb #2c9b7718
 def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
     "The same function as a `LlamaForCausalLM`; frozen and shared projections are written out, an absent o is the identity."
     c = model.config.shape
@@ -316,3 +319,9 @@ def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
         state |= {f"model.layers.{i}.self_attn.o_proj.weight": torch.eye(c.d_model) for i in range(c.n_layer)}
     llama.load_state_dict(state)
     return llama.to(model.dtype).train(model.training)
+
+# %% ../nbs/09_decoder.ipynb #433280b3
+def checkpoint_activations(model: PreTrainedModel):
+    "Keep only the blocks' inputs for the backward pass."
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

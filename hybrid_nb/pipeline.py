@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RESULT_MIME', 'app', 'LOSS_TOLERANCE', 'Parameter', 'declared', 'admit', 'opt_in', 'report_name', 'read_command',
-           'given_parameters', 'papermill_command', 'Claim', 'claim_free', 'complete_command', 'redact', 'redact_all',
-           'result_problem', 'Result', 'code_cells', 'shown_result', 'report_problem', 'notebook_text', 'page',
-           'harmless', 'notebook_title', 'export_html', 'read_reports', 'write_index', 'results_table',
-           'private_transport', 'Echo', 'Interrupts', 'Outcome', 'merge_streams', 'execute', 'tidy', 'publish',
-           'HybridEngine', 'find_pipeline', 'run_pipeline', 'run', 'preset_rows', 'presets', 'plan_text', 'plan',
-           'doctor_rows', 'doctor', 'read_result', 'verify_quick', 'hardware_key', 'compare_runs', 'verify_replay',
-           'verify', 'main']
+           'given_parameters', 'papermill_command', 'Claim', 'claim_free', 'complete_command', 'reports_folder',
+           'redact', 'redact_all', 'result_problem', 'Result', 'code_cells', 'shown_result', 'run_info',
+           'report_problem', 'notebook_text', 'page', 'harmless', 'notebook_title', 'export_html', 'read_reports',
+           'write_index', 'results_table', 'private_transport', 'Echo', 'merge_streams', 'Interrupts', 'Outcome',
+           'execute', 'tidy', 'publish', 'Published', 'HybridEngine', 'find_pipeline', 'run_pipeline', 'run',
+           'preset_rows', 'presets', 'plan_text', 'plan', 'doctor_rows', 'doctor', 'sample_run', 'sample',
+           'read_result', 'verify_quick', 'hardware_key', 'compare_runs', 'verify_replay', 'verify', 'main']
 
-# %% ../nbs/18_pipeline.ipynb #ee40f34f
+# %% ../nbs/18_pipeline.ipynb #d2adf5a7
 import ast
 import atexit
 import base64
@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import html
 import json
+import logging
 import math
 import os
 import re
@@ -36,16 +37,26 @@ import typing
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 
-from .config import PRESETS, ConfigError, cast, closest, from_dict, override
-from .runs import (BAD_DATA, IO, STOPPED, USAGE, RunError, check_name, check_space, checkout, io_errors,
-                            load_run, replace_file)
+from .config import PRESETS, ConfigError, cast, closest, override
+from hybrid_nb.runs import (
+    BAD_DATA,
+    IO,
+    STOPPED,
+    RunError,
+    check_name,
+    check_space,
+    checkout,
+    io_errors,
+    load_run,
+    replace_file,
+)
 
-# %% ../nbs/18_pipeline.ipynb #14807e39
+# %% ../nbs/18_pipeline.ipynb #7f9408bd
 def _line(text: Any) -> str:
     "The first line of a message that has something on it."
     return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
@@ -56,28 +67,15 @@ def _exit_code(error: BaseException) -> int:
         return IO
     return getattr(error, "exit_code", BAD_DATA if isinstance(error, ValueError) else 1)
 
-# %% ../nbs/18_pipeline.ipynb #d6fad281
-@dataclass(frozen=True)
-class Parameter:
-    "One line of a parameters cell."
-    name: str
-    hint: Any  # int, float, bool, str, a list of these, a Literal, one of these or None; Any is never cast
-    default: Any  # the value, or the source text of an expression
-    help: str = ""
-
-# %% ../nbs/18_pipeline.ipynb #5c663240
+# %% ../nbs/18_pipeline.ipynb #dfd15f7f
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
 
-def _hint(node: ast.expr | None) -> Any:
-    "The type that an annotation stands for."
+def _hint(node: ast.expr) -> Any:
+    "The type that an annotation stands for: a scalar, a list of one, a Literal, one of these or None; else Any."
     match node:
         case ast.Name(id=name) if name in _SCALARS:
             return _SCALARS[name]
-        case ast.Constant(value=str() as text):
-            return _hint(ast.parse(text, mode="eval").body)
         case ast.BinOp(left=kind, op=ast.BitOr(), right=ast.Constant(value=None)):
-            return Any if _hint(kind) is Any else _hint(kind) | None
-        case ast.Subscript(value=ast.Name(id="Optional"), slice=kind):
             return Any if _hint(kind) is Any else _hint(kind) | None
         case ast.Subscript(value=ast.Name(id="list"), slice=kind):
             return list[_hint(kind)]
@@ -85,71 +83,83 @@ def _hint(node: ast.expr | None) -> Any:
             return Literal[ast.literal_eval(options)]
     return Any
 
-# %% ../nbs/18_pipeline.ipynb #eb3c6118
-def _literal(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
+# %% ../nbs/18_pipeline.ipynb #5765a875
+@dataclass(frozen=True)
+class Parameter:
+    "One line of a parameters cell."
+    name: str
+    hint: Any  # its type; Any is never cast
+    default: Any  # the value, or the source text of an expression
+    help: str = ""
 
-# %% ../nbs/18_pipeline.ipynb #68c5921e
+def _parameter(node: ast.stmt, line: str) -> Parameter | None:
+    "The parameter that a statement declares, if it declares one."
+    target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+    if not isinstance(target, ast.Name) or node.value is None:
+        return None
+    try:
+        default = ast.literal_eval(node.value)
+    except ValueError:
+        default = ast.unparse(node.value)
+    kind = _hint(node.annotation) if isinstance(node, ast.AnnAssign) else _SCALARS.get(type(default).__name__, Any)
+    return Parameter(target.id, kind, default, line.encode()[node.end_col_offset :].decode().partition("#")[2].strip())
+
+# %% ../nbs/18_pipeline.ipynb #28cf6d63
 def declared(
     nb,  # notebook node
 ) -> dict[str, Parameter]:  # by name, in the cell's order
     "The parameters that a notebook declares."
     source = next((c.source for c in nb.cells if "parameters" in c.metadata.get("tags", [])), "")
-    lines, found = source.splitlines(), {}
+    lines = source.splitlines()
     try:
         body = ast.parse(source).body
     except SyntaxError as error:
         raise ConfigError(f"line {error.lineno} of the parameters cell is no `name: type = default  # help`") from None
-    for node in body:
-        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
-        if isinstance(target, ast.Name) and node.value is not None:
-            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-            default, annotation = _literal(node.value), getattr(node, "annotation", None)
-            kind = _hint(annotation) if annotation else _SCALARS.get(type(default).__name__, Any)
-            found[target.id] = Parameter(target.id, kind, default, rest.partition("#")[2].strip())
-    return found
+    found = (_parameter(node, lines[node.end_lineno - 1]) for node in body)
+    return {p.name: p for p in found if p}
 
-# %% ../nbs/18_pipeline.ipynb #3ce726e4
-def _cast(name: str, value: Any, hint: Any) -> Any:
-    "A value as the declared type; None where the type allows it."
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return None if value is None or str(value).lower() in ("none", "null") else _cast(name, value, inner[0])
-    if origin is Literal:
-        for option in inner:
-            if str(option) == str(value):
-                return option
-        raise ConfigError(f"{name}={value!r} is none of {', '.join(map(str, inner))}{closest(str(value), map(str, inner))}")
-    if origin is list:
-        return _cast_list(name, value, inner[0])
-    if hint in (int, float):
-        value = _number(name, value)
-    return value if hint is Any else cast(name, value, hint)
-
+# %% ../nbs/18_pipeline.ipynb #35a3e567
 def _number(name: str, value: Any) -> Any:
-    "A string of digits as a number; what is no number is left to `cast`, and what is not finite refused."
+    "Text of a number as the number; what is no number is left to `cast`, and what is not finite refused."
     try:
         number = float(value)
     except (TypeError, ValueError):
         return value
     if not math.isfinite(number):
         raise ConfigError(f"{name}={value} is not a finite number")
-    if isinstance(value, str):
-        return int(value) if value.strip().lstrip("+-").isdecimal() else number
-    return value
+    if not isinstance(value, str):
+        return value
+    return int(value) if value.strip().lstrip("+-").isdecimal() else number
 
-def _cast_list(name: str, value: Any, kind: Any) -> list:
-    "A list, from one or from text such as `1,2` or `[1, 2]`."
+# %% ../nbs/18_pipeline.ipynb #87344695
+def _cast(name: str, value: Any, hint: Any) -> Any:
+    "A value as the declared type."
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if isinstance(hint, types.UnionType):
+        return None if str(value).lower() in ("none", "null") else _cast(name, value, inner[0])
+    if origin is Literal:
+        return _choose(name, value, inner)
+    if origin is list:
+        return [_cast(name, v, inner[0]) for v in _listed(name, value)]
+    return cast(name, _number(name, value) if hint in (int, float) else value, hint)
+
+def _choose(name: str, value: Any, options: tuple) -> Any:
+    for option in options:
+        if str(option) == str(value):
+            return option
+    words = [str(option) for option in options]
+    raise ConfigError(f"{name}={value!r} is none of {', '.join(words)}{closest(str(value), words)}")
+
+def _listed(name: str, value: Any) -> list:
     if isinstance(value, str):
-        value = [part.strip().strip("'\"") for part in value.strip("[] ").split(",") if part.strip()]
+        return [part.strip(" '\"") for part in value.strip("[] ").split(",") if part.strip()]
     if not isinstance(value, list):
         raise ConfigError(f"{name}={value!r} is not a list: write 1,2,3")
-    return [_cast(name, v, kind) for v in value]
+    return value
 
-# %% ../nbs/18_pipeline.ipynb #9248b07c
+# %% ../nbs/18_pipeline.ipynb #34f0eacd
 def admit(
     parameters: dict[str, Parameter],  # as declared
     given: dict[str, Any],  # name: value, of any type that can be cast
@@ -161,7 +171,7 @@ def admit(
             raise ConfigError(f"unknown parameter {name!r}{closest(name, parameters)}; there are {options}")
     return {name: _cast(name, value, parameters[name].hint) for name, value in given.items()}
 
-# %% ../nbs/18_pipeline.ipynb #b5970cbe
+# %% ../nbs/18_pipeline.ipynb #686e8a9f
 def opt_in(
     nb,  # notebook node
 ) -> dict[str, str] | None:  # pipeline and subject; None where the notebook says nothing
@@ -173,7 +183,7 @@ def opt_in(
         raise ConfigError(f"metadata.hybrid_nb.subject={about.get('subject')!r} names no parameter of the notebook")
     return {"pipeline": check_name(about["pipeline"]), "subject": about["subject"]}
 
-# %% ../nbs/18_pipeline.ipynb #369b4348
+# %% ../nbs/18_pipeline.ipynb #16773cf6
 def report_name(
     nb,  # notebook node that opted in
     given: dict[str, Any],  # parameters, cast
@@ -186,7 +196,7 @@ def report_name(
     subject = Path(subject).stem if subject.endswith((".yaml", ".yml")) else subject
     return check_name(f"{about['pipeline']}-{check_name(subject)}-{digest[:6]}")
 
-# %% ../nbs/18_pipeline.ipynb #acaa7f75
+# %% ../nbs/18_pipeline.ipynb #ba5a3497
 _ARITY = {
     **dict.fromkeys("-p --parameters -r --parameters_raw".split(), 2),
     **dict.fromkeys(
@@ -199,10 +209,10 @@ _ARITY = {
         "--progress-bar --no-progress-bar --log-output --no-log-output --report-mode --no-report-mode".split(), 0),
 }
 
-# %% ../nbs/18_pipeline.ipynb #fe6be2cc
+# %% ../nbs/18_pipeline.ipynb #49d9bf1d
 def read_command(
     words: list[str],  # a command line after the program's name
-) -> tuple[list[str], list[tuple[str, list[str]]]] | None:  # positionals, and (option, values); None: not understood
+) -> tuple[list[str], list[tuple[str, list[str]]]] | None:  # positionals, (option, values); None: not understood
     "A papermill command line, taken apart as papermill does."
     words, positionals, options = list(words), [], []
     while words:
@@ -213,37 +223,14 @@ def read_command(
             positionals.append(word)
             continue
         name, attached, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
-        arity = _ARITY.get(name)
-        values = [value] if attached else []
-        if arity is None or len(values) > arity or len(words) < arity - len(values):
+        arity, values = _ARITY.get(name), [value] if attached else []
+        if arity is None or not len(values) <= arity <= len(values) + len(words):
             return None
-        while len(values) < arity:
-            values.append(words.pop(0))
+        values += [words.pop(0) for _ in range(arity - len(values))]
         options.append((name, values))
     return positionals, options
 
-# %% ../nbs/18_pipeline.ipynb #9c20fd91
-_PARAMETER_OPTIONS = {
-    "-p": "p", "--parameters": "p", "-r": "r", "--parameters_raw": "r", "-f": "f", "--parameters_file": "f",
-    "-y": "y", "--parameters_yaml": "y", "-b": "b", "--parameters_base64": "b"}
-
-def given_parameters(
-    options: list[tuple[str, list[str]]],  # as `read_command` gives them
-) -> dict[str, Any]:  # name: value, not yet cast
-    "The parameters of a command line."
-    values = {short: [v for name, v in options if _PARAMETER_OPTIONS.get(name) == short] for short in "bfypr"}
-    texts = [base64.b64decode(v).decode() for (v,) in values["b"]]
-    texts += [_read_parameters(Path(v)) for (v,) in values["f"]] + [v for (v,) in values["y"]]
-    given = {}
-    for text in texts:
-        given |= _mapping(text)
-    return given | dict(values["p"]) | dict(values["r"])
-
-def _read_parameters(path: Path) -> str:
-    if not path.is_file():
-        raise ConfigError(f"no parameters file {path}")
-    return path.read_text(encoding="utf-8")
-
+# %% ../nbs/18_pipeline.ipynb #126d5a67
 def _mapping(text: str) -> dict[str, Any]:
     "YAML text that maps names to values."
     try:
@@ -254,7 +241,26 @@ def _mapping(text: str) -> dict[str, Any]:
         raise ConfigError(f"parameters {text!r} are no mapping: write 'name: value'")
     return value
 
-# %% ../nbs/18_pipeline.ipynb #c20c9c83
+def _text(path: str) -> str:
+    "A parameters file."
+    if not Path(path).is_file():
+        raise ConfigError(f"no parameters file {path}")
+    return Path(path).read_text(encoding="utf-8")
+
+# %% ../nbs/18_pipeline.ipynb #5f47d48b
+_GIVES = {"-p": "p", "--parameters": "p", "-r": "r", "--parameters_raw": "r", "-f": "f", "--parameters_file": "f",
+          "-y": "y", "--parameters_yaml": "y", "-b": "b", "--parameters_base64": "b"}
+
+def given_parameters(
+    options: list[tuple[str, list[str]]],  # as `read_command` gives them
+) -> dict[str, Any]:  # name: value, not yet cast
+    "The parameters of a command line."
+    values = {kind: [v for name, v in options if _GIVES.get(name) == kind] for kind in "bfypr"}
+    texts = [base64.b64decode(v).decode() for (v,) in values["b"]]
+    texts += [_text(v) for (v,) in values["f"]] + [v for (v,) in values["y"]]
+    return {k: v for text in texts for k, v in _mapping(text).items()} | dict(values["p"]) | dict(values["r"])
+
+# %% ../nbs/18_pipeline.ipynb #84605151
 def papermill_command(
     argv: list[str],  # sys.argv
     full: list[str],  # sys.orig_argv
@@ -266,7 +272,21 @@ def papermill_command(
     program = Path(argv[0]) if argv else Path()
     return program.name in ("papermill", "papermill.exe") or program.parts[-2:] == ("papermill", "__main__.py")
 
-# %% ../nbs/18_pipeline.ipynb #f23b60fc
+# %% ../nbs/18_pipeline.ipynb #e08c5ab8
+def _locked(path: Path):
+    "The file at a path, opened and locked; RunError where it is held."
+    while True:
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RunError(f"another process is making {path.name[5:-5]}") from None
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+        file.close()
+
+# %% ../nbs/18_pipeline.ipynb #5af4ae25
 class Claim:
     "The place of a report, held by this process."
 
@@ -277,8 +297,8 @@ class Claim:
         report: Path,  # where the report will stand
     ):
         self.report, self.path = report, report.with_name(f".tmp-{report.name}.lock")
-        check_space(self.report.parent, 0)
-        free = shutil.disk_usage(self.report.parent).free
+        check_space(report.parent, 0)
+        free = shutil.disk_usage(report.parent).free
         if free < self.SPACE:
             raise RunError(f"{report.parent} has {free >> 20} MiB free; a report needs {self.SPACE >> 20}", IO)
         with io_errors(f"cannot write to {report.parent}"):
@@ -290,89 +310,86 @@ class Claim:
             self.path.unlink(missing_ok=True)
             self.file.close()
 
-# %% ../nbs/18_pipeline.ipynb #16a39f45
-def _locked(path: Path):
-    "The file at a path, opened and locked; RunError where it is held."
-    while True:
-        file = open(path, "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise RunError(f"another process is making {path.name[5:-5]}", USAGE) from None
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
-        file.close()
-
-# %% ../nbs/18_pipeline.ipynb #713cbef1
+# %% ../nbs/18_pipeline.ipynb #e3fd1f8a
 def claim_free(
     report: Path,  # the first choice
 ) -> Claim:  # of it, or of the same name with -2, -3, ...
     "A claim on the first name that no report has and nobody claims."
     for number in range(1, 1000):
         choice = report if number == 1 else report.with_stem(f"{report.stem}-{number}")
-        if not choice.exists():
-            try:
-                claim = Claim(choice)
-            except RunError as error:
-                if error.exit_code == IO:
-                    raise
-                continue
-            if not choice.exists():
-                return claim
+        try:
+            claim = None if choice.exists() else Claim(choice)
+        except RunError as error:
+            if error.exit_code == IO:
+                raise
+            continue
+        if claim and not choice.exists():
+            return claim
+        if claim:
             claim.release()
     raise RunError(f"{report.parent} holds {report.name} a thousand times", IO)
 
-# %% ../nbs/18_pipeline.ipynb #6a3ec080
+# %% ../nbs/18_pipeline.ipynb #1de31a44
 _STOCK = {"-h", "--help", "--version", "--help-notebook", "--prepare-only"}
-_PAIRS = {"-p": "-r", "--parameters": "-r"}
-_claims: dict[Path, Claim] = {}
+
+def _ours(argv: list[str]) -> tuple[Path, Any, list] | None:
+    "Path, notebook and options of a command line about one notebook that opted in; None for any other."
+    import nbformat
+
+    positionals, options = read_command(argv[1:]) or ([], [])
+    other = any(name in _STOCK or name == "--engine" and values != ["hybrid_nb"] for name, values in options)
+    if len(positionals) != 1 or other:
+        return None
+    try:
+        nb = nbformat.read(positionals[0], as_version=4)
+    except (OSError, ValueError, AttributeError, KeyError):
+        return None
+    return (Path(positionals[0]), nb, options) if opt_in(nb) else None
+
+# %% ../nbs/18_pipeline.ipynb #343611ce
+_claims: dict[Path, Claim] = {}  # of this process, by report
 
 def complete_command(
     argv: list[str],  # of papermill's own command line
 ) -> list[str]:
     "The command line with the report's path and our engine, if it is about a notebook that opted in."
-    positionals, options = read_command(argv[1:]) or ([], [])
-    names = {name for name, _ in options}
-    engines = [v for name, (v, *_) in ((n, v or [""]) for n, v in options) if name == "--engine"]
-    if len(positionals) != 1 or names & _STOCK or any(e != "hybrid_nb" for e in engines):
+    found = _ours(argv)
+    if found is None:
         return argv
-    nb = _read_if_notebook(Path(positionals[0]))
-    if nb is None or opt_in(nb) is None:
-        return argv
+    path, nb, options = found
     given = admit(declared(nb), given_parameters(options))
-    reports = Path(os.path.abspath(positionals[0])).parent.parent / "reports"
-    claim = claim_free(reports / f"{report_name(nb, given)}.ipynb")
+    claim = claim_free(reports_folder(path) / f"{report_name(nb, given)}.ipynb")
     _claims[claim.report] = claim
     atexit.register(claim.release)
-    shown = str(claim.report) if "--cwd" in names else os.path.relpath(claim.report)
-    words = [w for name, values in options for w in (_PAIRS.get(name, name), *values)]
-    braces = shown.replace("{", "{{").replace("}", "}}")
-    return [argv[0], *words, *([] if engines else ["--engine", "hybrid_nb"]), "--", positionals[0], braces]
+    shown = str(claim.report) if any(name == "--cwd" for name, _ in options) else os.path.relpath(claim.report)
+    raw = {"-p": "-r", "--parameters": "-r"}  # papermill leaves values of -r as they were typed
+    words = [w for name, values in options if name != "--engine" for w in (raw.get(name, name), *values)]
+    return [argv[0], *words, "--engine", "hybrid_nb", "--", str(path), _unformatted(shown)]
 
-def _read_if_notebook(path: Path):
-    "The notebook at a path; None where there is none, for papermill to explain."
-    import nbformat
+def reports_folder(
+    notebook: Path,  # in pipelines/
+) -> Path:
+    "The folder of a pipeline's reports."
+    return Path(os.path.abspath(notebook)).parent.parent / "reports"
 
-    try:
-        return nbformat.read(path, as_version=4)
-    except (OSError, ValueError, AttributeError, KeyError):
-        return None
+def _unformatted(path: str) -> str:
+    "A path that papermill's formatting leaves as it is."
+    return path.replace("{", "{{").replace("}", "}}")
 
-# %% ../nbs/18_pipeline.ipynb #38816646
+# %% ../nbs/18_pipeline.ipynb #a8d36ebb
 _SECRET_NAME = re.compile(
-    r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|PASSWD|CREDENTIAL|COOKIE|API_?KEY|(^|_)(KEY|AUTH|PAT|PWD)(_|$)", re.I)
+    r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|API_?KEY|(^|_)(KEY|AUTH|PAT|PWD)(_|$)", re.I)
 _SECRET_FORM = re.compile(r"\b(hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})\b")
 _USER_IN_URL = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/@\"'<>]+@")
-_IPYKERNEL = re.compile(r"(/\S*)?/ipykernel_\d+/\d+\.py")
+_CELL_FILE = re.compile(r"(/\S*)?/ipykernel_\d+/\d+\.py")
 
 def _secrets() -> list[str]:
     "Secret values of the environment, the longest first, also as they stand in a URL."
-    values = {v for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v) >= 6 and not os.path.exists(v)}
-    values -= {"false", "disabled", "enabled"}
+    named = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
+    values = {v for v in named if len(v) >= 6 and v not in ("enabled", "disabled") and not os.path.exists(v)}
     return sorted(values | {urllib.parse.quote(v, safe="") for v in values}, key=len, reverse=True)
 
-# %% ../nbs/18_pipeline.ipynb #245b0b9f
+# %% ../nbs/18_pipeline.ipynb #2f1d9d69
 def redact(
     text: str,  # anything that is to be published
     root: Path | None = None,  # the project's folder; None: the working directory
@@ -381,14 +398,14 @@ def redact(
     for value in _secrets():
         text = text.replace(value, "[redacted]")
     text = _USER_IN_URL.sub(r"\1", _SECRET_FORM.sub("[redacted]", text))
-    text = _IPYKERNEL.sub("<cell>", text)
+    text = _CELL_FILE.sub("<cell>", text)
     for folder, short in ((root or Path.cwd(), "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
         for path in sorted({str(folder.absolute()), str(folder.resolve())}, key=len, reverse=True):
-            if path.count("/") > 1 or folder == Path.home() and len(path) > 1:
+            if path.count("/") > 1 or short == "~" and path != "/":
                 text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", short, text)
     return text
 
-# %% ../nbs/18_pipeline.ipynb #07038201
+# %% ../nbs/18_pipeline.ipynb #ca8f7b72
 def redact_all(
     value: Any,  # a notebook, or any part of one
     root: Path | None = None,
@@ -399,10 +416,11 @@ def redact_all(
     if isinstance(value, list):
         return [redact_all(v, root) for v in value]
     if isinstance(value, dict):
-        return type(value)({k: v if k.startswith(("image/png", "image/jpeg")) else redact_all(v, root) for k, v in value.items()})
+        pictures = ("image/png", "image/jpeg")
+        return type(value)({k: v if k in pictures else redact_all(v, root) for k, v in value.items()})
     return value
 
-# %% ../nbs/18_pipeline.ipynb #251e7a0f
+# %% ../nbs/18_pipeline.ipynb #053dbf21
 RESULT_MIME = "application/vnd.hybrid-nb+json"
 _SCHEMA = {"pipeline": str, "subject": str, "verdict": str, "headline": dict}
 _VERDICTS = ("PASS", "FAIL", "INCONCLUSIVE")
@@ -423,7 +441,14 @@ def result_problem(
             return f"the result's headline {key} is {value!r}, neither a finite number nor text"
     return None
 
-# %% ../nbs/18_pipeline.ipynb #2edd24b0
+# %% ../nbs/18_pipeline.ipynb #2d42c0a8
+def _number_text(value: Any) -> str:
+    "A value as it is read: four digits, thousands apart."
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+# %% ../nbs/18_pipeline.ipynb #2702912d
 class Result:
     "What a pipeline found; shown by its last cell."
 
@@ -446,13 +471,7 @@ class Result:
         line = f"{self.data['pipeline']} {self.data['subject']}: {self.data['verdict']}"
         return {RESULT_MIME: self.data, "text/markdown": f"**{line}**  \n{numbers}", "text/plain": f"{line}; {numbers}"}
 
-def _number_text(value: Any) -> str:
-    "A number as it is read: four digits, or thousands apart."
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-# %% ../nbs/18_pipeline.ipynb #1fbc0b8c
+# %% ../nbs/18_pipeline.ipynb #0856b9d5
 def code_cells(nb) -> list:
     "The cells of a notebook that a kernel executes."
     return [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
@@ -462,25 +481,31 @@ def shown_result(nb) -> Any:
     outputs = [o for c in code_cells(nb)[-1:] for o in c.outputs if RESULT_MIME in o.get("data", {})]
     return outputs[-1]["data"][RESULT_MIME] if outputs else None
 
-# %% ../nbs/18_pipeline.ipynb #a53ed302
+def run_info(result: Any) -> dict[str, Any]:
+    "run.json of the run that a result tells of; empty where it tells of none."
+    bundle = result.get("bundle") if isinstance(result, dict) else None
+    info = bundle.get("info") if isinstance(bundle, dict) else None
+    return info if isinstance(info, dict) else {}
+
+# %% ../nbs/18_pipeline.ipynb #35a733e6
 def report_problem(
     nb,  # executed notebook
 ) -> str | None:  # None: it may be published
     "Why an executed notebook is no report."
-    cells = code_cells(nb)
+    cells, result = code_cells(nb), shown_result(nb)
     for number, cell in enumerate(cells, 1):
-        for output in cell.outputs:
-            if output.output_type == "error" and (output.ename, output.evalue) != ("SystemExit", "0"):
-                return f"code cell {number} ends in {output.ename}: {_line(output.evalue)}"
+        errors = [o for o in cell.outputs if o.output_type == "error"]
+        if errors:
+            return f"code cell {number} of {len(cells)} ends in {errors[0].ename}: {_line(errors[0].evalue)}"
         if cell.execution_count != number:
             return f"code cell {number} of {len(cells)} was not executed in its turn"
-        if any(o.output_type == "error" for o in cell.outputs):
-            return f"code cell {number} of {len(cells)} left the notebook by SystemExit"
-    if shown_result(nb) is None:
+    if result is None:
         return "the last cell shows no Result"
-    return result_problem(shown_result(nb))
+    if run_info(result).get("status") == "stopped":
+        return "the run was stopped; the same command continues it"
+    return result_problem(result)
 
-# %% ../nbs/18_pipeline.ipynb #5e7ca4dc
+# %% ../nbs/18_pipeline.ipynb #011dbed6
 def notebook_text(
     nb,
 ) -> str:
@@ -494,79 +519,94 @@ def notebook_text(
     json.loads(text, parse_constant=refuse)
     return text
 
-# %% ../nbs/18_pipeline.ipynb #af820554
+# %% ../nbs/18_pipeline.ipynb #d49acf17
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --dim: #59636e; --line: #d1d9e0; --wash: #f6f8fa;
-  --link: #0969da; --word: #8250df; --text: #0a3069; --note: #59636e; --number: #0550ae; --bad: #b42318; --good: #1a7f37; }
+  --link: #0969da; --word: #8250df; --text: #0a3069; --number: #0550ae; --bad: #b42318; --good: #1a7f37; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --dim: #9198a1; --line: #3d444d;
-  --wash: #151b23; --link: #6cb6ff; --word: #d2a8ff; --text: #a5d6ff; --note: #9198a1; --number: #79c0ff; --bad: #ff7b72;
+  --wash: #151b23; --link: #6cb6ff; --word: #d2a8ff; --text: #a5d6ff; --number: #79c0ff; --bad: #ff7b72;
   --good: #56d364; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, "Segoe UI", "Liberation Sans", sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, "Liberation Sans", sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word; }
-h1 { font-size: 1.9rem; line-height: 1.25; } h2 { margin-top: 2.2rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
-a { color: var(--link); } nav { color: var(--dim); font-size: .9rem; }
+h1 { font-size: 1.9rem; line-height: 1.25; }
+h2 { margin-top: 2.2rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+a[href] { color: var(--link); }
+nav { color: var(--dim); font-size: .9rem; }
 blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--dim); }
 code, pre { font: .85rem/1.5 ui-monospace, "Liberation Mono", monospace; }
 pre { margin: .4rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--wash); border-radius: 6px; }
 :not(pre) > code { padding: .1em .3em; background: var(--wash); border-radius: 4px; }
-details > summary { color: var(--dim); font-size: .8rem; cursor: pointer; }
-table { display: block; width: max-content; max-width: 100%; overflow-x: auto; margin: .8rem 0; border-collapse: collapse;
-  font-size: .88rem; font-variant-numeric: tabular-nums; }
+summary { color: var(--dim); font-size: .8rem; cursor: pointer; }
+table { display: block; width: max-content; max-width: 100%; overflow-x: auto; margin: .8rem 0;
+  border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--line); }
-.index td, .index th { text-align: left; } .index .n { text-align: right; }
+th:first-child, td:first-child, .index td, .index th { text-align: left; }
+thead th { border-bottom: 2px solid var(--line); }
+.index .n { text-align: right; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-.output_stderr pre { color: var(--dim); } .output_error pre { border-left: 3px solid var(--bad); }
-.PASS { color: var(--good); } .FAIL, .FAILED { color: var(--bad); } .PASS, .FAIL, .FAILED { font-weight: 600; }
+.output_stderr pre { color: var(--dim); }
+.output_error pre { border-left: 3px solid var(--bad); }
+.PASS, .FAIL, .FAILED { font-weight: 600; color: var(--bad); }
+.PASS, .ansi-green-fg, .ansi-green-intense-fg { color: var(--good); }
+.ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); }
+.ansi-bold { font-weight: 600; }
 .highlight .k, .highlight .kn, .highlight .kc, .highlight .ow { color: var(--word); }
 .highlight .s1, .highlight .s2, .highlight .sa, .highlight .si { color: var(--text); }
-.highlight .c1 { color: var(--note); } .highlight .mi, .highlight .mf { color: var(--number); }
-.ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); } .ansi-green-fg, .ansi-green-intense-fg { color: var(--good); }
-.ansi-cyan-fg, .ansi-blue-fg, .ansi-blue-intense-fg { color: var(--link); } .ansi-bold { font-weight: 600; }
+.highlight .mi, .highlight .mf { color: var(--number); }
+.highlight .c1 { color: var(--dim); }
 @media print { body { font-size: 11px; } details { display: none; } }
 """
 
-# %% ../nbs/18_pipeline.ipynb #e9c64611
+# %% ../nbs/18_pipeline.ipynb #9c6e6784
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{css}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
 def page(
     title: str,  # plain text
     body: str,  # harmless HTML
 ) -> str:
     "A complete HTML page that needs no other file."
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_CSS}</style>\n</head>\n'
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return _PAGE.format(title=html.escape(title), css=_CSS, body=body)
 
-# %% ../nbs/18_pipeline.ipynb #249df54f
+# %% ../nbs/18_pipeline.ipynb #03feda21
 _TAGS = set(
     "a b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i "
     "img kbd li mark ol p pre s samp small span strong sub summary sup table tbody td tfoot th thead tr u ul var".split())
 _ATTRIBUTES = {"*": {"class", "id", "title"}, "a": {"href"}, "img": {"src", "alt", "width", "height"},
-               "td": {"colspan", "rowspan"}, "th": {"colspan", "rowspan", "scope"}, "ol": {"start"}, "details": {"open"}}
-_IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*")
+               "td": {"colspan", "rowspan", "style"}, "th": {"colspan", "rowspan", "scope", "style"}}
+_VALUES = {"href": r"#[\w.:%-]*", "style": r"text-align:\s*(left|right|center);?",
+           "src": r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*"}
 
 def _allow(tag: str, name: str, value: str) -> str | None:
     "The value of an attribute, or None to drop it."
-    if name == "href":
-        return value if re.fullmatch(r"#[\w.:%-]*", value) else None
-    if name == "src":
-        return value if _IMAGE.fullmatch(value) else None
-    return value
+    return value if name not in _VALUES or re.fullmatch(_VALUES[name], value) else None
 
 def harmless(
     text: str,  # any HTML
 ) -> str:
-    "HTML without scripts, handlers, styles, and addresses outside the page; text, tables and figures stay."
+    "HTML without scripts, handlers, styles, and addresses outside the page; text, tables and pictures stay."
     import nh3
 
-    return nh3.clean(text, tags=_TAGS, attributes=_ATTRIBUTES, attribute_filter=_allow, url_schemes={"data"}, link_rel=None,
-                     clean_content_tags={"script", "style", "iframe", "object", "template", "noscript"})
+    drop = {"script", "style", "iframe", "object", "template", "noscript"}
+    return nh3.clean(text, tags=_TAGS, attributes=_ATTRIBUTES, attribute_filter=_allow, url_schemes={"data"},
+                     link_rel=None, clean_content_tags=drop)
 
-# %% ../nbs/18_pipeline.ipynb #834dbfda
+# %% ../nbs/18_pipeline.ipynb #f68e98d7
 _TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
 {% block input %}<details><summary>code</summary>{{ super() }}</details>{% endblock %}"""
 
@@ -593,7 +633,7 @@ def notebook_title(
     found = (re.search(r"^#+\s+(.+)$", c.source, re.M) for c in nb.cells if c.cell_type == "markdown")
     return next((m[1].strip() for m in found if m), default)
 
-# %% ../nbs/18_pipeline.ipynb #1d88b5fc
+# %% ../nbs/18_pipeline.ipynb #88a607d1
 def export_html(
     nb_path: Path,  # an executed notebook
 ) -> Path:  # the page beside it
@@ -608,75 +648,79 @@ def export_html(
         replace_file(target, page(notebook_title(nb, nb_path.stem), f"{links}\n{harmless(_body(nb))}").encode())
     return target
 
-# %% ../nbs/18_pipeline.ipynb #95e81648
-_COLUMNS = ("val_ppl", "floor_ppl", "tokens", "total")
+# %% ../nbs/18_pipeline.ipynb #f47fd603
+def _report_row(path: Path) -> dict[str, Any] | None:
+    "What the index says of one notebook; None where it is neither a report nor a failed one."
+    import nbformat
+
+    try:
+        nb = nbformat.read(path, as_version=4)
+        about = nb.metadata.get("hybrid_nb")
+        result = about.get("result") if isinstance(about, dict) else None
+        row = {"path": path, "title": notebook_title(nb, path.stem)}
+    except (OSError, ValueError, AttributeError):
+        return None
+    if path.stem.endswith(".FAILED"):
+        return row | {"pipeline": "", "subject": path.stem, "verdict": "FAILED", "headline": {}}
+    return row | result if result_problem(result) is None else None
 
 def read_reports(
     reports: str | Path,  # folder
-) -> list[dict[str, Any]]:  # path, title, and the result, if there is one
+) -> list[dict[str, Any]]:  # path, title, and the result
     "The reports of a folder, in order of their names."
-    import nbformat
+    return [row for path in sorted(Path(reports).glob("*.ipynb")) if (row := _report_row(path))]
 
-    rows = []
-    for path in sorted(Path(reports).glob("*.ipynb")):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            nb = nbformat.read(path, as_version=4)
-            about = nb.metadata.get("hybrid_nb")
-            result = about.get("result") if isinstance(about, dict) else None
-            failed = path.stem.endswith(".FAILED")
-            row = {"path": path, "title": notebook_title(nb, path.stem), "failed": failed, "headline": {}}
-            if not failed and result_problem(result) is None:
-                row |= result
-            if failed or "verdict" in row:
-                rows.append(row)
-    return rows
+# %% ../nbs/18_pipeline.ipynb #f8d70fea
+_COLUMNS = ("val_ppl", "floor_ppl", "tokens", "params")
 
-# %% ../nbs/18_pipeline.ipynb #7efb3d01
-def _notes(headline: dict[str, Any]) -> str:
+def _notes(row: dict[str, Any]) -> str:
     "What the columns do not say: that it is a trial, or, of a pipeline that trains nothing, its first numbers."
+    headline = row["headline"]
     if any(headline.get(c) is not None for c in _COLUMNS):
-        return f"trial of {headline.get('steps')} steps" if headline.get("trial") else ""
+        return "short trial" if row.get("trial") else ""
     return ", ".join([f"{k} {_number_text(v)}" for k, v in headline.items() if v is not None][:4])
 
 def _index_row(row: dict[str, Any]) -> str:
-    path, stem = row["path"], html.escape(row["path"].stem)
-    page = path.with_suffix(".html").exists()
-    name = f'<a href="{stem}.html">{html.escape(row["title"])}</a>' if page else html.escape(row["title"])
-    verdict = "FAILED" if row["failed"] else row["verdict"]
-    cells = [name, html.escape(row.get("pipeline", "")), html.escape(row.get("subject", stem)), f'<span class="{verdict}">{verdict}</span>']
+    "One report as a row of the index."
+    path, text = row["path"], {k: html.escape(str(row[k])) for k in ("title", "pipeline", "subject", "verdict")}
+    page = path.with_suffix(".html")
+    name = f'<a href="{html.escape(page.name)}">{text["title"]}</a>' if page.exists() else text["title"]
+    verdict = f'<span class="{text["verdict"]}">{text["verdict"]}</span>'
     numbers = [f'<td class="n">{html.escape(_number_text(row["headline"].get(c)))}</td>' for c in _COLUMNS]
-    tail = [html.escape(_notes(row["headline"])), f'<a href="{stem}.ipynb">notebook</a>']
-    return "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "".join(numbers) + "".join(f"<td>{c}</td>" for c in tail) + "</tr>"
+    link = f'<a href="{html.escape(path.name)}">notebook</a>'
+    left = [f"<td>{c}</td>" for c in (name, text["pipeline"], text["subject"], verdict)]
+    return "".join(["<tr>", *left, *numbers, f"<td>{html.escape(_notes(row))}</td><td>{link}</td></tr>"])
 
+# %% ../nbs/18_pipeline.ipynb #d3af0776
 def write_index(
     reports: str | Path,  # folder
 ) -> Path:
     "Writes index.html over the reports of a folder."
     heads = ["report", "pipeline", "subject", "verdict", "val PPL", "floor PPL", "tokens", "params", "", ""]
-    rows = "\n".join(_index_row(row) for row in read_reports(reports))
-    head = "".join(f"<th{' class=n' if h in heads[4:8] else ''}>{h}</th>" for h in heads)
-    body = f'<h1>Reports</h1>\n<table class="index"><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
+    head = "".join(f"<th{' class=n' if 4 <= i < 8 else ''}>{h}</th>" for i, h in enumerate(heads))
+    rows = "\n".join(map(_index_row, read_reports(reports)))
+    table = f'<table class="index"><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
     target = Path(reports) / "index.html"
     with io_errors(f"cannot write {target.name}"):
-        replace_file(target, page("Reports", body).encode())
+        replace_file(target, page("Reports", f"<h1>Reports</h1>\n{table}").encode())
     return target
 
-# %% ../nbs/18_pipeline.ipynb #4c543669
+# %% ../nbs/18_pipeline.ipynb #f6379ee4
 def results_table(
     reports: str | Path,  # folder, as links should name it
 ) -> str:  # Markdown
     "The reports of a folder as a table of results."
     lines = ["| report | verdict | val PPL | floor PPL | tokens | params | | commit |", "|---|---|---:|---:|---:|---:|---|---|"]
     for row in read_reports(reports):
-        if not row["failed"]:
-            target = row["path"].with_suffix(".html") if row["path"].with_suffix(".html").exists() else row["path"]
-            numbers = " | ".join(_number_text(row["headline"].get(c)) for c in _COLUMNS)
-            name = f"[{row['path'].stem}]({target.as_posix()})"
-            commit = str(row.get("commit") or "")[:7]
-            lines.append(f"| {name} | {row['verdict']} | {numbers} | {_notes(row['headline'])} | {commit} |")
+        if row["verdict"] != "FAILED":
+            page = row["path"].with_suffix(".html")
+            target = page if page.exists() else row["path"]
+            numbers = [_number_text(row["headline"].get(c)) for c in _COLUMNS]
+            cells = [f"[{page.stem}]({target.as_posix()})", row["verdict"], *numbers, _notes(row)]
+            lines.append(f"| {' | '.join([*cells, str(row.get('commit') or '')[:7]])} |")
     return "\n".join(lines)
 
-# %% ../nbs/18_pipeline.ipynb #873f1d09
+# %% ../nbs/18_pipeline.ipynb #8f851ee1
 @contextlib.contextmanager
 def private_transport():
     "Configuration of a kernel manager whose files and sockets lie in a folder of their own."
@@ -687,11 +731,16 @@ def private_transport():
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="hnb-", dir="/tmp"))
     try:
-        yield Config(KernelManager={"transport": "ipc", "ip": str(folder / "s"), "connection_file": str(folder / "kernel.json")})
+        manager = {"transport": "ipc", "ip": str(folder / "s"), "connection_file": str(folder / "kernel.json")}
+        yield Config(KernelManager=manager)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/18_pipeline.ipynb #adbbfedb
+# %% ../nbs/18_pipeline.ipynb #d975e36b
+def _settled(line: str) -> str:
+    "What is left to see of a line with carriage returns."
+    return line.rstrip("\r").rpartition("\r")[2]
+
 class Echo:
     "A file that shows a kernel's stream on the terminal."
 
@@ -703,33 +752,49 @@ class Echo:
         self.stream, self.copy, self.rest = stream, copy, ""
 
     def write(self, text: str):
+        "Shows the lines that the text completes."
+        from tqdm import tqdm
+
         if self.copy:
             self.copy.write(text)
         *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines:
-            self._show(line)
-
-    def _show(self, line: str):
-        from tqdm import tqdm
-
-        if self.stream:
+        for line in lines if self.stream else []:
             try:
-                tqdm.write(redact(line.rstrip("\r").rpartition("\r")[2]), file=self.stream)
+                tqdm.write(redact(_settled(line)), file=self.stream)
                 self.stream.flush()
             except OSError:  # the reader of a pipe has gone; the run goes on
                 self.stream = None
+                return
 
     def flush(self):
+        "Flushes the copy; what is shown is flushed line by line."
         if self.copy:
             self.copy.flush()
 
     def close(self):
+        "Shows a last line that has no end."
         if self.rest:
-            self._show(self.rest)
-        self.rest = ""
+            self.write("\n")
         self.flush()
 
-# %% ../nbs/18_pipeline.ipynb #ce48034d
+# %% ../nbs/18_pipeline.ipynb #a9f543d0
+def merge_streams(
+    outputs: list,  # of a cell
+) -> list:
+    "The outputs of a cell with its streams joined; of lines that rewrote themselves the last state."
+    merged, joined = [], {}
+    for output in outputs:
+        if output.output_type == "stream" and output.name in joined:
+            joined[output.name].text += output.text
+            continue
+        merged.append(output)
+        joined = joined | {output.name: output} if output.output_type == "stream" else {}
+    for output in merged:
+        if output.output_type == "stream":
+            output.text = "\n".join(map(_settled, output.text.split("\n")))
+    return merged
+
+# %% ../nbs/18_pipeline.ipynb #8619ecb2
 class Interrupts:
     "While entered, passes this process's signals on to a kernel."
 
@@ -737,17 +802,11 @@ class Interrupts:
 
     def __init__(
         self,
-        client,  # nbclient's
+        client,  # nbclient's, before it has a kernel
     ):
         self.client, self.cell, self.name, self.delivered = client, None, None, False
         self.over = threading.Event()
-        client.on_cell_execute, client.on_cell_executed = self._begin, self._end
-
-    def _begin(self, cell, **_):
-        self.cell = cell
-
-    def _end(self, **_):
-        self.cell = None
+        client.on_cell_execute = lambda cell, **_: setattr(self, "cell", cell)
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()
@@ -764,31 +823,30 @@ class Interrupts:
         if self.name is None:
             self.name = signal.Signals(number).name
             print(f"{self.name}: interrupting the notebook; once more ends it at once", file=sys.stderr, flush=True)
-            threading.Thread(target=self._interrupt, daemon=True).start()
+            threading.Thread(target=self._deliver, daemon=True).start()
         elif not self._send(signal.SIGKILL):
             raise KeyboardInterrupt
 
-    def _interrupt(self):
-        while not self.over.wait(0.05):
-            cell = self.cell
-            if cell is not None and "iopub.execute_input" in cell.metadata.get("execution", {}):
+    def _deliver(self):
+        while not self.over.wait(0.05) and not self.delivered:
+            timing = self.cell.metadata.get("execution", {}) if self.cell else {}
+            if "iopub.execute_input" in timing and "iopub.status.idle" not in timing:
                 self.delivered = self._send(signal.SIGINT)
-                return
 
     def _send(self, number: int) -> bool:
         "True where there was a kernel to signal."
         pid = getattr(getattr(self.client.km, "provisioner", None), "pid", None)
-        if pid:
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
+            if pid:
                 os.killpg(os.getpgid(pid), number)
         return bool(pid)
 
-# %% ../nbs/18_pipeline.ipynb #2a7f913f
-_ASK = "int(getattr(__import__('sys').last_value, 'exit_code', 74 if isinstance(__import__('sys').last_value, OSError) else 1))"
+# %% ../nbs/18_pipeline.ipynb #139e6b9d
+_ASK = "(lambda e: int(getattr(e, 'exit_code', 74 if isinstance(e, OSError) else 1)))(__import__('sys').last_value)"
 
 async def _ask_exit_code(client) -> int:
     "The exit code of the last exception in a kernel."
-    for _ in range(20):
+    for _ in range(20):  # right after an error a kernel may still turn requests away
         message = client.kc.execute("", silent=True, user_expressions={"code": _ASK})
         reply = await client.async_wait_for_reply(message)
         answer = (reply or {}).get("content", {}).get("user_expressions", {}).get("code", {})
@@ -796,44 +854,71 @@ async def _ask_exit_code(client) -> int:
             return int(answer["data"]["text/plain"])
     return 1
 
-# %% ../nbs/18_pipeline.ipynb #e53ffac0
+# %% ../nbs/18_pipeline.ipynb #c851ad37
 @dataclass
 class Outcome:
     "How an execution ended."
     problem: str | None = None  # one line; None: every cell ran
     exit_code: int = 0
 
-def _error_outcome(ename: str, evalue: str, code: int, cell: str) -> Outcome:
+def _error_outcome(ename: str, evalue: str, code: int, place: str) -> Outcome:
     "The outcome of a notebook that ended in an exception."
     if ename == "SystemExit":
         number = int(evalue) if evalue.isdecimal() else 0 if evalue in ("", "None") else 1
-        return Outcome(f"the notebook left by SystemExit({evalue}) in {cell}", number or BAD_DATA)
+        return Outcome(f"the notebook left by SystemExit({evalue}) in {place}", number or BAD_DATA)
     if ename == "KeyboardInterrupt":
-        return Outcome(f"interrupted in {cell}", STOPPED)
-    told = _line(evalue) if ename in ("ConfigError", "RunError") and _line(evalue) else f"{ename}: {_line(evalue)}"
-    return Outcome(f"{told} ({cell})", code)
+        return Outcome(f"interrupted in {place}", STOPPED)
+    told = _line(evalue) if code != 1 and _line(evalue) else f"{ename}: {_line(evalue)}"
+    return Outcome(f"{told} ({place})", code)
 
-# %% ../nbs/18_pipeline.ipynb #13ed1a89
-def merge_streams(
-    outputs: list,  # of a cell
-) -> list:
-    "The outputs of a cell with its streams joined."
-    merged, open_streams = [], {}
-    for output in outputs:
-        if output.output_type != "stream":
-            open_streams = {}
-            merged.append(output)
-        elif output.name in open_streams:
-            open_streams[output.name].text += output.text
-        else:
-            open_streams[output.name] = output
-            merged.append(output)
-    for output in merged:
-        if output.output_type == "stream" and "\r" in output.text:
-            output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n"))
-    return merged
+# %% ../nbs/18_pipeline.ipynb #909cc2ff
+_KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 
-# %% ../nbs/18_pipeline.ipynb #f5541caa
+def _place(nb, cell) -> str:
+    "A code cell as a reader counts it."
+    return next((f"code cell {i}" for i, c in enumerate(code_cells(nb), 1) if c is cell), "the start")
+
+@contextlib.contextmanager
+def _quiet(logger):
+    "Keeps a logger's errors back: what went wrong is told once, in one line."
+    def keep(record):
+        return record.levelno < logging.ERROR
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+# %% ../nbs/18_pipeline.ipynb #74da7054
+def _execute_cells(nb, client) -> Outcome:
+    "Runs the cells until the end or the first error."
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    outcome = Outcome()
+
+    async def on_cell_error(cell, execute_reply, **_):
+        error = execute_reply["content"]
+        found = _error_outcome(error["ename"], error["evalue"], await _ask_exit_code(client), _place(nb, cell))
+        outcome.problem, outcome.exit_code = found.problem, found.exit_code
+
+    client.on_cell_error = on_cell_error
+    with Interrupts(client) as interrupts, _quiet(client.log):
+        try:
+            client.execute(env=_KERNEL_ENV | os.environ)
+        except DeadKernelError:
+            outcome = Outcome(f"the kernel died in {_place(nb, interrupts.cell)}, killed or out of memory", STOPPED)
+        except CellTimeoutError:
+            outcome = Outcome(f"{_place(nb, interrupts.cell)} ran longer than {client.timeout} s", STOPPED)
+        except KeyboardInterrupt:
+            outcome = Outcome("stopped before the kernel started", STOPPED)
+        except RuntimeError as error:
+            outcome = Outcome(f"the kernel did not start: {_line(error)}", 1)
+    if interrupts.name and (outcome.problem or interrupts.delivered):
+        return Outcome(f"{interrupts.name}: {outcome.problem or 'stopped'}; the same command continues the run", STOPPED)
+    return outcome
+
+# %% ../nbs/18_pipeline.ipynb #52106a6e
 def execute(
     nb,  # prepared by papermill; its cells receive the outputs
     kernel_name: str,
@@ -846,7 +931,6 @@ def execute(
     echo_to=None,  # stream for the kernel's stdout; None: this process's
 ) -> Outcome:
     "Executes a notebook cell by cell until its end or the first error."
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NotebookExecutionManager
     from papermill.log import logger
@@ -855,46 +939,26 @@ def execute(
     manager.notebook_start()
     out = Echo(None if log_output else echo_to or sys.stdout, stdout_file)
     err = Echo(None if log_output else sys.stderr, stderr_file)
-    outcome = Outcome()
-
-    async def on_error(cell, cell_index, execute_reply):
-        content = execute_reply["content"]
-        code = await _ask_exit_code(client)
-        found = _error_outcome(content["ename"], content["evalue"], code, _place(nb, cell))
-        outcome.problem, outcome.exit_code = found.problem, found.exit_code
-
+    options = dict(log=logger, log_output=log_output, stdout_file=out, stderr_file=err, kernel_name=kernel_name,
+                   startup_timeout=start_timeout, timeout=execution_timeout,
+                   extra_arguments=["--log-level=CRITICAL"] if kernel_name.startswith("python") else [])
     with private_transport() as config:
-        client = PapermillNotebookClient(
-            manager, kernel_name=kernel_name, config=config, log=logger, log_output=log_output, stdout_file=out, stderr_file=err,
-            startup_timeout=start_timeout, timeout=execution_timeout, on_cell_error=on_error,
-            extra_arguments=["--log-level=CRITICAL"] if kernel_name.startswith("python") else [])
-        interrupts = Interrupts(client)
-        try:
-            with interrupts:
-                client.execute(env={"THP_MEM_ALLOC_ENABLE": "1"} | os.environ)
-        except DeadKernelError:
-            outcome = Outcome(f"the kernel died in {_place(nb, interrupts.cell)}, killed or out of memory", STOPPED)
-        except CellTimeoutError:
-            outcome = Outcome(f"{_place(nb, interrupts.cell)} ran longer than {execution_timeout} s", STOPPED)
-        except KeyboardInterrupt:
-            outcome = Outcome("stopped before the kernel started", STOPPED)
-        except RuntimeError as error:
-            outcome = Outcome(f"the kernel did not start: {_line(error)}", 1)
-        finally:
-            manager.cleanup_pbar()
-            out.close()
-            err.close()
-            for cell in code_cells(nb):
-                cell.outputs = merge_streams(cell.outputs)
-    if interrupts.name and (outcome.problem or interrupts.delivered):
-        outcome = Outcome(f"{interrupts.name}: {outcome.problem or 'stopped'}; the same command continues the run", STOPPED)
+        outcome = _execute_cells(nb, PapermillNotebookClient(manager, config=config, **options))
+    manager.cleanup_pbar()
+    out.close()
+    err.close()
+    for cell in code_cells(nb):
+        cell.outputs = merge_streams(cell.outputs)
     return outcome
 
-def _place(nb, cell) -> str:
-    "A code cell as a reader counts it."
-    return f"code cell {next(i for i, c in enumerate(code_cells(nb), 1) if c is cell)}"
+# %% ../nbs/18_pipeline.ipynb #85f1c614
+def _small(result: Any) -> Any:
+    "A result for the metadata: no records, but whether the run was a trial."
+    if not isinstance(result, dict):
+        return None
+    small = {k: v for k, v in result.items() if k == "headline" or not isinstance(v, dict | list)}
+    return small | {k: v for k, v in run_info(result).items() if k in ("status", "trial")}
 
-# %% ../nbs/18_pipeline.ipynb #a8098b2a
 def tidy(
     nb,  # executed
     parameters: dict[str, Any],  # as injected
@@ -904,19 +968,25 @@ def tidy(
     nb = redact_all(nb, root)
     old = nb.metadata.get("papermill", {})
     nb.metadata["papermill"] = {"parameters": parameters} | {k: old[k] for k in ("version", "duration") if old.get(k)}
-    result = shown_result(nb)
-    if isinstance(result, dict):
-        result = {k: v for k, v in result.items() if k == "headline" or not isinstance(v, dict | list)}
-    nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or {}) | {"result": result}
+    nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or {}) | {"result": _small(shown_result(nb))}
     for cell in nb.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
     return nb
 
-# %% ../nbs/18_pipeline.ipynb #1c1b47d9
+# %% ../nbs/18_pipeline.ipynb #f278701d
 def _shown(path: Path) -> str:
     "A path as the user would type it."
-    short = os.path.relpath(path)
-    return short if len(short) < len(str(path)) else str(path)
+    return min(os.path.relpath(path), str(path), key=len)
+
+def _publish_failed(text: str, report: Path, problem: str, code: int):
+    "Keeps what was made, beside the report's place, and raises the one line that says why."
+    failed = report.with_name(f"{report.stem}.FAILED.ipynb")
+    try:
+        replace_file(failed, text.encode())
+        write_index(report.parent)
+    except (OSError, RunError) as error:
+        raise RunError(f"{problem}; and no notebook was written: {_line(error)}", code) from None
+    raise RunError(f"{problem}; see {_shown(failed)}", code)
 
 def publish(
     nb,  # tidy
@@ -926,48 +996,46 @@ def publish(
     "Moves a good notebook into its place, with its page and the index; any other goes beside it as FAILED."
     import nbformat
 
-    failed = report.with_name(f"{report.stem}.FAILED.ipynb")
-    problem, code = outcome.problem or report_problem(nb), outcome.exit_code or BAD_DATA
+    problem, code = outcome.problem or report_problem(nb), outcome.exit_code
     try:
         text = notebook_text(nb)
     except RunError as error:
         problem, text = problem or str(error), nbformat.writes(nb)
     if problem:
-        try:
-            replace_file(failed, text.encode())
-            write_index(report.parent)
-        except (OSError, RunError) as error:
-            raise RunError(f"{problem}; and no notebook was written: {error}", code) from None
-        raise RunError(f"{problem}; see {_shown(failed)}", code)
+        stopped = run_info(shown_result(nb)).get("status") == "stopped"
+        _publish_failed(text, report, problem, code or (STOPPED if stopped else BAD_DATA))
     with io_errors(f"cannot publish {_shown(report)}"):
         replace_file(report, text.encode())
-        failed.unlink(missing_ok=True)
+        report.with_name(f"{report.stem}.FAILED.ipynb").unlink(missing_ok=True)
     export_html(report)
     write_index(report.parent)
     return report
 
-# %% ../nbs/18_pipeline.ipynb #0615a732
-class _Published:
-    "papermill's writer for one path that holds a published report."
+# %% ../nbs/18_pipeline.ipynb #42c1bc2b
+class Published:
+    "papermill's reader and writer for one path that holds a published report."
 
     def __init__(self, path: str):
-        from papermill.iorw import papermill_io, LocalHandler
+        from papermill.iorw import LocalHandler, papermill_io
 
         self.path, self.local = path, LocalHandler()
         papermill_io.register(path, self)
 
     def write(self, buf, path):
+        "Passes over the first write to the report; any other is papermill's."
         if path != self.path:
             return self.local.write(buf, path)
         self.path = None
 
     def read(self, path):
+        "What papermill would read."
         return self.local.read(path)
 
     def pretty_path(self, path):
+        "The path as it is."
         return path
 
-# %% ../nbs/18_pipeline.ipynb #e1920447
+# %% ../nbs/18_pipeline.ipynb #8b1e9073
 def _local_report(output_path: str | None) -> Path | None:
     "Where a report goes; None for stdout and for addresses, which papermill serves."
     from papermill.iorw import papermill_io
@@ -975,7 +1043,7 @@ def _local_report(output_path: str | None) -> Path | None:
     if not output_path or output_path == "-" or "://" in output_path:
         return None
     handler = papermill_io.get_handler("x.ipynb")
-    start = handler.cwd(None)
+    start = handler.cwd(None)  # where papermill was started, if --cwd leads elsewhere
     handler.cwd(start)
     return Path(os.path.abspath(Path(start or ".", output_path)))
 
@@ -988,7 +1056,38 @@ def _inject(nb, kernel_name: str, parameters: dict[str, Any]):
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.source = translate_parameters(kernel_name, nb_language(nb), parameters, "Parameters").strip()
 
-# %% ../nbs/18_pipeline.ipynb #d87daac5
+# %% ../nbs/18_pipeline.ipynb #9ba01c58
+_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill's --inject-paths
+
+def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
+    "The steps of the engine."
+    given = dict(nb.metadata.papermill.get("parameters") or {})
+    parameters = admit(declared(nb), {k: v for k, v in given.items() if k not in _PATHS})
+    _inject(nb, kernel_name, given | parameters)
+    report = _local_report(output)
+    if report is None:
+        outcome = execute(nb, kernel_name, echo_to=sys.stderr, **options)
+        if outcome.problem:
+            raise RunError(outcome.problem, outcome.exit_code)
+        return nb
+    check_name(report.stem)
+    claim, start = _claims.pop(report, None) or Claim(report), time.monotonic()
+    try:
+        outcome = execute(nb, kernel_name, **options)
+        nb.metadata.papermill["duration"] = round(time.monotonic() - start, 1)
+        publish(tidy(nb, parameters, report.parent.parent), report, outcome)
+    finally:
+        claim.release()
+    Published(output)
+    print(f"report  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}", flush=True)
+    return nb
+
+# %% ../nbs/18_pipeline.ipynb #dcf1ae8d
+def _leave(error: BaseException, program: str):
+    "Ends the process with one line."
+    print(f"{program}: {redact(_line(error))}", file=sys.stderr)
+    raise SystemExit(_exit_code(error)) from None
+
 class HybridEngine:
     "papermill's engine `hybrid_nb`: checked parameters, a private transport, signals passed on, and the publish rule."
 
@@ -1016,39 +1115,7 @@ class HybridEngine:
                 raise
             _leave(error, "papermill")
 
-def _leave(error: BaseException, program: str):
-    "Ends the process with one line."
-    print(f"{program}: {redact(_line(error))}", file=sys.stderr)
-    raise SystemExit(_exit_code(error)) from None
-
-# %% ../nbs/18_pipeline.ipynb #e4729848
-_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill's --inject-paths
-
-def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
-    "The steps of the engine."
-    given = dict(nb.metadata.papermill.get("parameters") or {})
-    parameters = admit(declared(nb), {k: v for k, v in given.items() if k not in _PATHS})
-    _inject(nb, kernel_name, given | parameters)
-    report = _local_report(output)
-    if report is None:
-        outcome = execute(nb, kernel_name, echo_to=sys.stderr, **options)
-        if outcome.problem:
-            raise RunError(outcome.problem, outcome.exit_code)
-        return nb
-    check_name(report.stem)
-    claim = _claims.pop(report, None) or Claim(report)
-    try:
-        start = time.monotonic()
-        outcome = execute(nb, kernel_name, **options)
-        nb.metadata.papermill["duration"] = round(time.monotonic() - start, 1)
-        publish(tidy(nb, parameters, report.parent.parent), report, outcome)
-    finally:
-        claim.release()
-    _Published(output)
-    print(f"report  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}", flush=True)
-    return nb
-
-# %% ../nbs/18_pipeline.ipynb #3126fe60
+# %% ../nbs/18_pipeline.ipynb #3e619f9b
 def _plug_in():
     "Completes papermill's command line before papermill reads it."
     if papermill_command(sys.argv, sys.orig_argv):
@@ -1059,7 +1126,7 @@ def _plug_in():
 
 _plug_in()
 
-# %% ../nbs/18_pipeline.ipynb #e12d6c47
+# %% ../nbs/18_pipeline.ipynb #a055bb3f
 def find_pipeline(
     name: str,  # of a pipeline, or the path of a notebook
 ) -> Path:
@@ -1073,7 +1140,7 @@ def find_pipeline(
         raise ConfigError(f"no pipeline {name!r}{closest(name, found)}; there are {', '.join(found) or 'none'}")
     return found[name]
 
-# %% ../nbs/18_pipeline.ipynb #47375446
+# %% ../nbs/18_pipeline.ipynb #72e13cf3
 def run_pipeline(
     name_or_path: str | Path,  # of a pipeline
     parameters: dict[str, Any] | None = None,  # name: value, of any type that can be cast
@@ -1082,60 +1149,60 @@ def run_pipeline(
 ) -> Path:  # the report
     "Executes a pipeline and publishes its report, in place of an earlier one of the same parameters."
     import nbformat
-    import papermill
-    from papermill.engines import papermill_engines
 
     path = find_pipeline(str(name_or_path))
     nb = nbformat.read(path, as_version=4)
     if opt_in(nb) is None:
         raise ConfigError(f"{path} is no pipeline: its metadata has no hybrid_nb.pipeline")
     given = admit(declared(nb), parameters or {})
-    report = output or Path(os.path.abspath(path)).parent.parent / "reports" / f"{report_name(nb, given)}.ipynb"
-    papermill_engines.register("hybrid_nb", HybridEngine)
-    shown = str(report).replace("{", "{{").replace("}", "}}")
-    papermill.execute_notebook(str(path), shown, given, engine_name="hybrid_nb", progress_bar=progress_bar)
-    return Path(report)
+    report = Path(output or reports_folder(path) / f"{report_name(nb, given)}.ipynb")
 
-# %% ../nbs/18_pipeline.ipynb #86024751
+    import papermill
+    from papermill.engines import papermill_engines
+
+    papermill_engines.register("hybrid_nb", HybridEngine)
+    papermill.execute_notebook(str(path), _unformatted(str(report)), given, engine_name="hybrid_nb", progress_bar=progress_bar)
+    return report
+
+# %% ../nbs/18_pipeline.ipynb #21d19657
 def _columns(
     rows: list[dict[str, Any]],  # with the same keys
 ) -> str:
     "Rows as aligned text; numbers to the right."
-    texts = [[_number_text(v) for v in row.values()] for row in rows]
-    heads = list(rows[0])
-    widths = [max(map(len, column)) for column in zip(heads, *texts, strict=True)]
-    right = [isinstance(v, int | float) for v in rows[0].values()]
-    lines = [heads, *texts]
-    return "\n".join("  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right, strict=True)).rstrip()
-                     for line in lines)
+    cells = [list(rows[0]), *([_number_text(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = [str.rjust if isinstance(v, int | float) else str.ljust for v in rows[0].values()]
+    lines = ([side(c, w) for c, w, side in zip(line, widths, sides, strict=True)] for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
-# %% ../nbs/18_pipeline.ipynb #871ae09b
+# %% ../nbs/18_pipeline.ipynb #4ebf8dae
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="""Re-runnable research on language-model architecture.
 
 \b
-hnb run train                          a small model, trained in front of you, and its report
-hnb run train -p model large           the true model; on a CPU a short trial of it
-hnb plan large -p steps 1000           what a run will cost, before it
-hnb doctor                             what is installed, and what this machine can do
+hnb run train                      a small model, trained in front of you, and its report
+hnb run train -p model large       the true model; on a CPU a short trial of it
+hnb plan large -p steps 1000       what a run will cost, before it
+hnb doctor                         what is installed, and what this machine can do
 """)
 
-# %% ../nbs/18_pipeline.ipynb #6ab08f7d
+# %% ../nbs/18_pipeline.ipynb #3209de1f
+_ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
+
 def _words(ctx: typer.Context, what: str) -> tuple[str, dict[str, Any]]:
     "The one positional of a command, and the parameters that follow papermill's options."
     positionals, options = read_command(ctx.args) or ([], [])
-    if len(positionals) != 1 or any(name not in _PARAMETER_OPTIONS for name, _ in options):
+    if len(positionals) != 1 or any(name not in _GIVES for name, _ in options):
         typed = " ".join(ctx.args) or "nothing"
         raise ConfigError(f"write: hnb {ctx.info_name} {what} [-p PARAMETER VALUE]...; this was {typed!r}")
     return positionals[0], given_parameters(options)
 
-_ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
-
+# %% ../nbs/18_pipeline.ipynb #06931dca
 @app.command(context_settings=_ANY, options_metavar="PIPELINE [-p PARAMETER VALUE]... [--output PATH]")
 def run(
     ctx: typer.Context,
-    output: Path = typer.Option(None, help="The report's path; without it, reports/PIPELINE-SUBJECT-HASH.ipynb."),
+    output: Annotated[Path | None, typer.Option(help="Where to; else reports/PIPELINE-SUBJECT-HASH.ipynb.")] = None,
 ):
     """Execute a pipeline and publish its report.
 
@@ -1149,7 +1216,7 @@ hnb run train -f pipelines/params/tinystories.yaml
     name, parameters = _words(ctx, "PIPELINE")
     run_pipeline(name, parameters, output)
 
-# %% ../nbs/18_pipeline.ipynb #c28b5c4d
+# %% ../nbs/18_pipeline.ipynb #8ffca854
 def preset_rows() -> list[dict[str, Any]]:
     "Shape, size and schedule of each preset."
     from hybrid_nb.account import count_params
@@ -1158,10 +1225,11 @@ def preset_rows() -> list[dict[str, Any]]:
     for name, config in PRESETS.items():
         m, t, count = config.model, config.train, count_params(config)
         rows.append({
-            "preset": name, "layers": m.n_layer, "width": m.d_model, "heads": f"{m.n_head}/{m.n_kv_head}", "ffn": f"{m.ffn} {m.d_ff}",
-            "vocab": m.vocab_size, "frozen": "".join(r for r in "qkvo" if m.state(r).startswith("frozen")) or "-",
-            "parameters": count.total, "trainable": count.trainable, "steps": t.steps,
-            "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "lr": f"{t.lr:g}", "schedule": t.schedule, "precision": t.precision})
+            "preset": name, "layers": m.n_layer, "width": m.d_model, "heads": f"{m.n_head}/{m.n_kv_head}",
+            "ffn": f"{m.ffn} {m.d_ff}", "vocab": m.vocab_size, "parameters": count.total, "trainable": count.trainable,
+            "frozen": "".join(r for r in "qkvo" if m.state(r).startswith("frozen")) or "-", "steps": t.steps,
+            "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "lr": f"{t.lr:g}", "schedule": t.schedule,
+            "precision": t.precision})
     return rows
 
 @app.command()
@@ -1172,33 +1240,50 @@ Any of them, or the path of a YAML file, is what MODEL stands for elsewhere.
 """
     print(_columns(preset_rows()))
 
-# %% ../nbs/18_pipeline.ipynb #d12c3166
-def plan_text(
-    plan,  # account.RunPlan
-    rate: float,  # FLOP/s of matrix products on this machine
-) -> str:
-    "What a run will cost here, and what its whole schedule would cost on named GPUs."
-    from hybrid_nb.account import (ASSUMED_MFU, GIB, count_params, flops_per_token, plan_rows, run_seconds, run_tokens,
-                                   total_memory)
-
-    rows = []
-    for name, config in {"this run": plan.config, "whole schedule": plan.whole}.items():
-        t, count = config.train, count_params(config)
-        rows.append({"": name, "trainable": count.trainable, "frozen": count.frozen, "steps": t.steps,
-                     "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "tokens": run_tokens(config),
-                     "FLOPs a token": f"{flops_per_token(config).total:.2e}", "memory GiB": round(total_memory(config) / GIB, 2),
-                     "time here": _duration(run_seconds(config, rate))})
-    gpus = [row | {"hours": round(row["hours"], 1), "fits": "yes" if row["fits"] else "no"} for row in plan_rows(plan.whole)]
-    note = f"time here: {ASSUMED_MFU:.0%} of {rate / 1e9:,.0f} GFLOP/s, the rate of matrix products; evaluation not counted"
-    parts = [plan.trial, _columns(rows if plan.trial else rows[:1]) + "\n" + note, _columns(gpus), f"to run it: {plan.command}"]
-    return "\n\n".join(part for part in parts if part)
-
+# %% ../nbs/18_pipeline.ipynb #a97a421e
 def _duration(seconds: float) -> str:
     "A duration with one unit."
     for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.0f} seconds"
+
+# %% ../nbs/18_pipeline.ipynb #cbf16fe1
+def _cost_row(name: str, config, rate: float) -> dict[str, Any]:
+    "What a configuration costs, as a row."
+    from hybrid_nb.account import GIB, count_params, flops_per_token, run_seconds, run_tokens, total_memory
+
+    t, count = config.train, count_params(config)
+    return {"": name, "trainable": count.trainable, "frozen": count.frozen, "steps": t.steps,
+            "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "tokens": run_tokens(config),
+            "FLOPs a token": f"{flops_per_token(config).total:.2e}", "memory GiB": round(total_memory(config) / GIB, 2),
+            "time here": _duration(run_seconds(config, rate))}
+
+def plan_text(
+    plan,  # account.RunPlan
+    rate: float,  # FLOP/s of matrix products on this machine
+) -> str:
+    "What a run will cost here, and what its whole schedule would cost on named GPUs."
+    from hybrid_nb.account import ASSUMED_MFU, plan_rows
+
+    rows = [_cost_row("this run", plan.config, rate)]
+    rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []
+    gpus = [row | {"hours": round(row["hours"], 1), "fits": "yes" if row["fits"] else "no"} for row in plan_rows(plan.whole)]
+    note = f"time here: {ASSUMED_MFU:.0%} of {rate / 1e9:,.0f} GFLOP/s, the rate of matrix products; evaluation not counted"
+    parts = [plan.trial, f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
+    return "\n\n".join(part for part in parts if part)
+
+# %% ../nbs/18_pipeline.ipynb #bb615d95
+def _rate_for(config, device: str | None) -> float:
+    "The measured rate of matrix products of the precision that a run would take here, FLOP/s."
+    import torch
+
+    from hybrid_nb.account import default_device
+    from hybrid_nb.train import fast_float32, resolve
+
+    device = device or default_device()
+    with fast_float32(device):
+        return resolve(config, torch.device(device)).matmul_flops
 
 @app.command(context_settings=_ANY, options_metavar="MODEL [-p PARAMETER VALUE]...")
 def plan(ctx: typer.Context):
@@ -1214,44 +1299,7 @@ hnb plan base -p steps 1000 -p full true
     wanted = plan_run(model, **parameters)
     print(plan_text(wanted, _rate_for(wanted.config, parameters.get("device"))))
 
-def _rate_for(config, device: str | None) -> float:
-    "The measured rate of matrix products of the precision that a run would take here, FLOP/s."
-    import torch
-
-    from hybrid_nb.account import default_device
-    from hybrid_nb.train import fast_float32, resolve
-
-    device = device or default_device()
-    with fast_float32(device):
-        return resolve(config, torch.device(device)).matmul_flops
-
-# %% ../nbs/18_pipeline.ipynb #9e9c75f3
-def doctor_rows() -> list[tuple[str, str]]:
-    "What is installed, and what this machine can do."
-    from hybrid_nb.runs import machine, versions
-
-    rows = [(name, value) for name, value in versions().items()]
-    rows += [(name, _version(name)) for name in ("papermill", "nbconvert", "nh3", "jupyterlab")]
-    rows += [(f"{name} (optional)", _version(name) or "not installed") for name in ("datasets", "nbdev", "submitit", "wandb")]
-    about = machine()
-    rows += [("processor", f"{about['cpu']}, {about['cores']} cores, {' '.join(about['isa']) or 'no wide vectors'}")]
-    rows += _torch_rows()
-    compiler, browser = shutil.which(os.environ.get("CXX", "g++")), _browser()
-    rows += [("compiler", compiler or "none: torch.compile is off on a CPU"), ("browser", browser or "none: the browser tests are skipped")]
-    return rows + [("free disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here")]
-
-def _version(name: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-def _browser() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-# %% ../nbs/18_pipeline.ipynb #d097da9c
+# %% ../nbs/18_pipeline.ipynb #f4f49b04
 def _torch_rows() -> list[tuple[str, str]]:
     "Devices, and the measured rates of their matrix products."
     import torch
@@ -1266,20 +1314,94 @@ def _torch_rows() -> list[tuple[str, str]]:
         rows += [("float32, as trained here", rate(torch.float32))]
     rows += [("bfloat16", rate(torch.bfloat16))]
     for i in range(torch.cuda.device_count()):
-        name, memory = torch.cuda.get_device_name(i), torch.cuda.get_device_properties(i).total_memory / 2**30
-        rows += [(f"GPU {i}", f"{name}, {memory:.0f} GiB, bfloat16 {rate(torch.bfloat16, f'cuda:{i}')}")]
+        about = torch.cuda.get_device_properties(i)
+        rows += [(f"GPU {i}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, "
+                              f"bfloat16 {rate(torch.bfloat16, f'cuda:{i}')}")]
     return rows if torch.cuda.device_count() else [*rows, ("GPU", "none: runs take the CPU")]
+
+# %% ../nbs/18_pipeline.ipynb #6f12d077
+def doctor_rows() -> list[tuple[str, str]]:
+    "What is installed, and what this machine can do."
+    from importlib import metadata
+
+    from hybrid_nb.runs import machine, versions
+
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    about, which = machine(), shutil.which
+    browser = which("chromium") or which("chromium-browser") or which("google-chrome")
+    compiler = which(os.environ.get("CXX", "g++"))
+    return [
+        *versions().items(), *((name, version(name)) for name in ("papermill", "nbconvert", "nh3", "jupyterlab")),
+        *((f"{name} (optional)", version(name)) for name in ("datasets", "nbdev", "submitit", "wandb")),
+        ("processor", f"{about['cpu']}, {about['cores']} cores, {' '.join(about['isa']) or 'no wide vectors'}"),
+        *_torch_rows(),
+        ("compiler", compiler or "none: torch.compile is off on a CPU"),
+        ("browser", browser or "none: the browser tests are skipped"),
+        ("free disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here")]
 
 @app.command()
 def doctor():
     """Say what is installed and what this machine can do; rates are measured."""
     print(_columns([{"what": name, "found": value} for name, value in doctor_rows()]))
 
-# %% ../nbs/18_pipeline.ipynb #f0afe56e
+# %% ../nbs/18_pipeline.ipynb #48e814b8
+def sample_run(
+    path: Path,  # of a run folder
+    **options: Any,  # prompt, tokens, temperature, top_k, seed: see evaluate.sample_text
+) -> str:
+    "Text that a run's newest checkpoint writes."
+    run, config = load_run(path), load_run(path).config
+
+    import torch
+
+    from hybrid_nb.data import END, load_tokenizer, prepare
+    from hybrid_nb.decoder import make_decoder
+    from hybrid_nb.evaluate import sample_text
+    from hybrid_nb.runs import latest_checkpoint
+
+    found, skipped = latest_checkpoint(run.path)
+    if found is None:
+        raise RunError(f"run {run.path.name} has no checkpoint yet", BAD_DATA)
+    for note in skipped:
+        print(f"passed over: {note}", file=sys.stderr)
+    kept, cache = run.path / "model" / "tokenizer.json", run.path.parent / "cache"
+    prepared = kept if kept.is_file() else prepare(config.data, config.model.vocab_size, config.train.seq_len, cache).folder
+    tokenizer = load_tokenizer(prepared)
+    end = tokenizer.token_to_id(END)
+    model = make_decoder(config.model, bos_token_id=end, eos_token_id=end)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(found.groups["model"][name])
+    return sample_text(model, tokenizer, **options)
+
+# %% ../nbs/18_pipeline.ipynb #8a70db7c
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="A run's name in runs/, or its folder.")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among this many; 0: all.")] = 50,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+):
+    """Let a run's newest checkpoint write.
+
+\b
+hnb sample train-smoke-s0-1a2b3c --prompt "Once" --tokens 50
+"""
+    path = Path(run) if (Path(run) / "run.json").is_file() else checkout() / "runs" / run
+    print(prompt + sample_run(path, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+
+# %% ../nbs/18_pipeline.ipynb #aaa8351a
 def read_result(
-    report: str | Path,  # an executed notebook
+    report: str | Path,  # a published notebook
 ) -> dict[str, Any]:
-    "The result that a published report shows in its last cell."
+    "The result that a report of a training run shows in its last cell."
     import nbformat
 
     path = Path(report)
@@ -1292,8 +1414,19 @@ def read_result(
     problem = report_problem(nb)
     if problem:
         raise RunError(f"{path} is no report: {problem}", BAD_DATA)
-    return shown_result(nb)
+    result = shown_result(nb)
+    if not {"bundle", "results"} <= result.keys():
+        raise RunError(f"{path} stores no run to verify: its result has no bundle and results", BAD_DATA)
+    return result
 
+# %% ../nbs/18_pipeline.ipynb #71eb4ac4
+def _in_order(table: list[list[str]] | None) -> list[list[str]]:
+    "A table of a head and rows, its columns and rows in order of their text."
+    columns = sorted(map(list, zip(*(table or []), strict=True)))
+    head, *rows = zip(*columns, strict=True) if columns else [()]
+    return [list(head), *sorted(map(list, rows))]
+
+# %% ../nbs/18_pipeline.ipynb #7b54fdfe
 def verify_quick(
     report: str | Path,
 ) -> str:  # one line; RunError where something differs
@@ -1301,44 +1434,45 @@ def verify_quick(
     from hybrid_nb.report import recompute
 
     result = read_result(report)
-    if "bundle" not in result or "results" not in result:
-        raise RunError(f"{report} stores no records to verify: its result has no bundle and results", BAD_DATA)
-    stored, made = result["results"], recompute(result["bundle"])
-    flat = {f"table {name}": table for name, table in made["tables"].items()} | {k: made[k] for k in ("headline", "verdict")}
-    kept = {f"table {name}": table for name, table in stored["tables"].items()} | {k: stored[k] for k in ("headline", "verdict")}
-    shown = {"shown verdict": (made["verdict"]["verdict"], result["verdict"]), "shown headline": (made["headline"], result["headline"])}
-    for name, (a, b) in {n: (flat.get(n), kept.get(n)) for n in flat | kept}.items() | shown.items():
-        if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
+    then, now = result["results"], recompute(result["bundle"])
+    tables = {name: [_in_order(r["tables"].get(name)) for r in (then, now)] for name in now["tables"] | then["tables"]}
+    pairs = {name: (then.get(name), now.get(name)) for name in now | then if name != "tables"}
+    pairs |= {f"table {name}": pair for name, pair in tables.items()}
+    pairs |= {f"shown {k}": (result[k], now[n]) for k, n in (("verdict", "verdict"), ("headline", "summary"))}
+    for name, (old, new) in sorted(pairs.items()):
+        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             raise RunError(f"{report}: {name} is not what the stored records give", BAD_DATA)
-    return f"{len(made['tables'])} tables, headline and verdict are made again, equal byte for byte"
+    return f"{len(tables)} tables, headline and verdict are made again, equal byte for byte"
 
-# %% ../nbs/18_pipeline.ipynb #b0816595
+# %% ../nbs/18_pipeline.ipynb #57790731
 LOSS_TOLERANCE = 1e-4  # nats
 
 def hardware_key(
     info: dict[str, Any],  # run.json
 ) -> dict[str, Any]:
     "What two runs must share for their weights to agree bit for bit."
-    resolved = {k: info["resolved"].get(k) for k in ("device", "device_name", "precision", "compile", "attention", "threads")}
-    return {"machine": info["machine"], "torch": info["versions"].get("torch"), "world_size": info["world_size"], **resolved}
+    names = ("device", "device_name", "precision", "compile", "attention", "threads")
+    shared = {"machine": info["machine"], "torch": info["versions"]["torch"], "world_size": info["world_size"]}
+    return shared | {name: info["resolved"].get(name) for name in names}
 
 def compare_runs(
-    then: tuple[dict[str, Any], list[dict]],  # run.json and the records of evaluation
-    now: tuple[dict[str, Any], list[dict]],
+    old: tuple[dict[str, Any], list[dict]],  # run.json and the records of evaluation
+    new: tuple[dict[str, Any], list[dict]],
 ) -> str:  # one line; RunError where they differ
     "Whether a replay is the run that a report tells of."
-    (old, old_evals), (new, new_evals) = then, now
-    differ = [k for k, v in hardware_key(old).items() if hardware_key(new)[k] != v]
-    worst = max((abs(a["val_loss"] - b["val_loss"]) for a, b in zip(old_evals, new_evals, strict=False)), default=math.inf)
+    (then, evals), (now, again) = old, new
+    differ = ", ".join(k for k, v in hardware_key(then).items() if hardware_key(now)[k] != v)
+    gaps = [abs(a["val_loss"] - b["val_loss"]) for a, b in zip(evals, again, strict=False)]
+    worst = max(gaps) if gaps and len(evals) == len(again) else math.inf
+    if not differ and then["weights"]["final"] == now["weights"]["final"]:
+        return f"the same weights, bit for bit: {now['weights']['final'][:12]}"
     if not differ:
-        if old["weights"]["final"] != new["weights"]["final"]:
-            raise RunError(f"same hardware, other weights: largest difference of validation loss {worst:.2e} nats", BAD_DATA)
-        return f"the same weights, bit for bit: {new['weights']['final'][:12]}"
-    if len(old_evals) != len(new_evals) or not worst <= LOSS_TOLERANCE:
-        raise RunError(f"validation losses differ by {worst:.2e} nats, more than {LOSS_TOLERANCE:g} (other {', '.join(differ)})", BAD_DATA)
-    return f"validation losses agree within {worst:.1e} nats (other {', '.join(differ)}, so weights are not compared)"
+        raise RunError(f"same hardware, other weights: validation losses differ by {worst:.2e} nats", BAD_DATA)
+    if worst > LOSS_TOLERANCE:
+        raise RunError(f"validation losses differ by {worst:.2e} nats, more than {LOSS_TOLERANCE:g} (other {differ})", BAD_DATA)
+    return f"validation losses agree within {worst:.1e} nats (other {differ}, so weights are not compared)"
 
-# %% ../nbs/18_pipeline.ipynb #862796df
+# %% ../nbs/18_pipeline.ipynb #f82a0775
 def verify_replay(
     report: str | Path,
 ) -> str:  # one line; RunError where the replay differs
@@ -1348,31 +1482,28 @@ def verify_replay(
     from hybrid_nb.report import StoredRun
     from hybrid_nb.train import train
 
-    result = read_result(report)
-    if "bundle" not in result:
-        raise RunError(f"{report} tells of no run: its result has no bundle", BAD_DATA)
-    stored = StoredRun(result["bundle"])
+    stored = StoredRun(read_result(report)["bundle"])
     info, resolved = stored.info, stored.info["resolved"]
     if info["status"] != "done" or info["world_size"] != 1:
-        raise RunError(f"{report}: a run {info['status']} on {info['world_size']} processes is not replayed", USAGE)
-    compiled = "yes" if resolved["compile"] in (True, "yes") else "no"
-    config = override(stored.config, {"precision": resolved["precision"], "compile": compiled})
+        raise RunError(f"{report}: a run {info['status']} on {info['world_size']} processes is not replayed")
+    settled = {"precision": resolved["precision"], "compile": "yes" if resolved["compile"] else "no"}
     torch.set_num_threads(resolved["threads"])
     with tempfile.TemporaryDirectory(prefix="hnb-replay-") as folder:
-        again = train(config, Path(folder) / info["name"], device=resolved["device"], on_update=_show_progress)
+        again = train(override(stored.config, settled), Path(folder) / info["name"], device=resolved["device"],
+                      cache=checkout() / "runs" / "cache", on_update=_show_step)
         return compare_runs((info, stored.records("eval")), (again.info, again.records("eval")))
 
-def _show_progress(folder: Path):
-    "The newest record of a run, on one line that rewrites itself."
-    last = load_run(folder).records()[-1]
+def _show_step(folder: Path):
+    "The newest step of a run, on a line of the terminal that rewrites itself."
     if sys.stderr.isatty():
-        print(f"\rstep {last['step']}", end="\r", file=sys.stderr, flush=True)
+        print(f"\rstep {load_run(folder).records()[-1]['step']}", end="\r", file=sys.stderr, flush=True)
 
+# %% ../nbs/18_pipeline.ipynb #9ce97042
 @app.command()
 def verify(
-    report: str = typer.Argument(help="An executed notebook in reports/."),
-    quick: bool = typer.Option(False, "--quick", help="Make tables and verdict again from the stored records; the default."),
-    replay: bool = typer.Option(False, "--replay", help="Train again and compare the weights."),
+    report: Annotated[str, typer.Argument(help="An executed notebook in reports/.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Make tables and verdict again; the default.")] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="Train again and compare the weights.")] = False,
 ):
     """Check that a report is what its records, or its run, give.
 
@@ -1380,12 +1511,11 @@ def verify(
 hnb verify reports/train-smoke-0a1b2c.ipynb
 hnb verify reports/train-smoke-0a1b2c.ipynb --replay
 """
-    if quick or not replay:
-        print(verify_quick(report))
-    if replay:
-        print(verify_replay(report))
+    for wanted, check in ((quick or not replay, verify_quick), (replay, verify_replay)):
+        if wanted:
+            print(check(report))
 
-# %% ../nbs/18_pipeline.ipynb #b2bd69bf
+# %% ../nbs/18_pipeline.ipynb #833f11c5
 def main():
     "The `hnb` command."
     try:
@@ -1395,7 +1525,7 @@ def main():
     except (OSError, ValueError) as error:
         _leave(error, "hnb")
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if not hasattr(error, "format_message"):  # what the option parser has to say
             raise
         _leave(ConfigError(error.format_message()), "hnb")
     sys.exit(code)

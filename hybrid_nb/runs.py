@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'check_name', 'run_name', 'fsync_dir', 'write_file',
            'replace_file', 'write_json', 'io_errors', 'check_space', 'locked', 'append_record', 'read_records',
-           'forget_after', 'sha256_file', 'tensor_hash', 'save_checkpoint', 'checkpoints', 'Checkpoint',
+           'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'save_checkpoint', 'Checkpoint',
            'read_checkpoint', 'latest_checkpoint', 'checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run',
            'load_run', 'claim_folder']
 
-# %% ../nbs/13_runs.ipynb #c2f73726
+# %% ../nbs/13_runs.ipynb #9af4723a
 import fcntl
 import hashlib
 import json
@@ -29,7 +29,7 @@ from typing import Any
 import hybrid_nb
 from .config import Config, asdict, config_hash, from_dict
 
-# %% ../nbs/13_runs.ipynb #5e845274
+# %% ../nbs/13_runs.ipynb #38650261
 USAGE, BAD_DATA, NUMERIC, IO, STOPPED = 64, 65, 70, 74, 75
 
 class RunError(ValueError):
@@ -39,7 +39,7 @@ class RunError(ValueError):
         super().__init__(message)
         self.exit_code = exit_code
 
-# %% ../nbs/13_runs.ipynb #eff11284
+# %% ../nbs/13_runs.ipynb #47b350a6
 def check_name(name: str) -> str:
     "The name, if it is one plain lower-case word that can name a folder."
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
@@ -51,7 +51,7 @@ def run_name(pipeline: str, config: Config) -> str:
     stem = re.sub(r"[^a-z0-9._-]+", "-", config.name.lower())
     return check_name(f"{pipeline}-{stem}-s{config.train.seed}-{config_hash(config)[:6]}")
 
-# %% ../nbs/13_runs.ipynb #b4da32d8
+# %% ../nbs/13_runs.ipynb #9e8a13b0
 def fsync_dir(path: Path):
     "Make the folder's entries durable."
     fd = os.open(path, os.O_RDONLY)
@@ -80,7 +80,7 @@ def write_json(path: Path, value: Any):
     "Replace a JSON file at once."
     replace_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
-# %% ../nbs/13_runs.ipynb #835c7a0a
+# %% ../nbs/13_runs.ipynb #166c7961
 @contextmanager
 def io_errors(what: str) -> Iterator[None]:
     "Turn the operating system's refusal into one line that says what could not be done."
@@ -89,8 +89,10 @@ def io_errors(what: str) -> Iterator[None]:
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
         raise RunError(f"{what}: {error.strerror or error}{name}", IO) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError" or "os error" not in str(error):
+    except RunError:
+        raise
+    except Exception as error:  # safetensors and tokenizers put the system's errors into their own
+        if "(os error " not in str(error):
             raise
         raise RunError(f"{what}: {error}", IO) from error
 
@@ -105,7 +107,10 @@ def check_space(folder: Path, need: int):  # bytes
     if free < need:
         raise RunError(f"{folder} has {free / 2**30:.2f} GiB free; a run needs {need / 2**30:.2f} GiB (three checkpoints)", IO)
 
-# %% ../nbs/13_runs.ipynb #0db05e43
+# %% ../nbs/13_runs.ipynb #fca28be2
+_held = set()
+os.register_at_fork(after_in_child=lambda: [f.close() for f in _held])
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     "Hold a run folder; a second process is refused."
@@ -118,9 +123,13 @@ def locked(folder: Path) -> Iterator[None]:
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
-        yield
+        _held.add(f)
+        try:
+            yield
+        finally:
+            _held.discard(f)
 
-# %% ../nbs/13_runs.ipynb #b2ddf691
+# %% ../nbs/13_runs.ipynb #e52a5308
 def append_record(folder: Path, kind: str, step: int, **values):
     "Add one record to a run's metrics."
     with open(folder / "metrics.jsonl", "a") as f:
@@ -136,12 +145,20 @@ def read_records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
             continue
     return [r for r in records if kind in (None, r["kind"])]
 
+def checkpoints(folder: Path) -> list[Path]:
+    "A run's checkpoints, the newest first."
+    found = [p for p in (folder / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
 def forget_after(folder: Path, step: int):
-    "Drop the records of steps after `step`."
+    "Drop the records and checkpoints of steps after `step`, and temporary files."
     keep = [json.dumps(r) + "\n" for r in read_records(folder) if r["step"] <= step]
     replace_file(folder / "metrics.jsonl", "".join(keep).encode())
+    late = [p for p in checkpoints(folder) if int(p.name[5:]) > step]
+    for path in (*late, *folder.glob(".tmp-*"), *(folder / "checkpoints").glob(".tmp-*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/13_runs.ipynb #1b8ce85a
+# %% ../nbs/13_runs.ipynb #93df17b6
 def sha256_file(path: Path) -> str:
     "SHA-256 of a file's bytes."
     with open(path, "rb") as f:
@@ -158,7 +175,10 @@ def tensor_hash(tensors: dict) -> str:
         digest.update(t.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/13_runs.ipynb #fb349de6
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+# %% ../nbs/13_runs.ipynb #4ad34d29
 def save_checkpoint(
     folder: Path,  # of the run
     step: int,
@@ -187,7 +207,8 @@ def save_checkpoint(
                 files[path.name] = {
                     "sha256": sha256_file(path), "size": path.stat().st_size,
                     "tensors": {n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in tensors.items()}}
-            write_file(temporary / "manifest.json", json.dumps({"step": step, "files": files, "state": state}).encode())
+            manifest = {"step": step, "files": files, "state": state}
+            write_file(temporary / "manifest.json", json.dumps(manifest | {"sha256": _manifest_hash(manifest)}).encode())
             fsync_dir(temporary)
             os.rename(temporary, final)
             fsync_dir(root)
@@ -199,12 +220,7 @@ def save_checkpoint(
             shutil.rmtree(doomed)
     return final
 
-def checkpoints(folder: Path) -> list[Path]:
-    "A run's checkpoints, the newest first."
-    found = [p for p in (folder / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: -int(p.name[5:]))
-
-# %% ../nbs/13_runs.ipynb #b905bbdc
+# %% ../nbs/13_runs.ipynb #433112c2
 @dataclass
 class Checkpoint:
     "What a checkpoint folder holds."
@@ -219,13 +235,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if manifest.pop("sha256") != _manifest_hash(manifest):
+            raise RunError(f"checkpoint {path / 'manifest.json'} is damaged: its SHA-256 is not its own", BAD_DATA)
         for name, entry in manifest["files"].items():
             file = path / name
             if file.stat().st_size != entry["size"]:
                 raise RunError(f"checkpoint {file} has {file.stat().st_size} bytes, its manifest says {entry['size']}", BAD_DATA)
             if sha256_file(file) != entry["sha256"]:
                 raise RunError(f"checkpoint {file} is damaged: its SHA-256 is not the manifest's", BAD_DATA)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, AttributeError) as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"checkpoint {path} is not whole: {type(error).__name__}: {error}", BAD_DATA) from None
@@ -246,7 +264,7 @@ def latest_checkpoint(
         raise RunError(f"no checkpoint of {folder} can be read; the newest: {skipped[0]}", BAD_DATA)
     return None, []
 
-# %% ../nbs/13_runs.ipynb #341053cb
+# %% ../nbs/13_runs.ipynb #00813f9c
 def checkout() -> Path:
     "The folder that holds the package: the repository's root, where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
@@ -281,7 +299,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "isa": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}), "system": platform.system()}
 
-# %% ../nbs/13_runs.ipynb #22ce0bfe
+# %% ../nbs/13_runs.ipynb #efca6906
 @dataclass
 class Run:
     "A run folder, read."
@@ -303,7 +321,7 @@ def load_run(path: str | Path) -> Run:
     info = json.loads((path / "run.json").read_text())
     return Run(path, info, from_dict(info["config"]))
 
-# %% ../nbs/13_runs.ipynb #57122dd3
+# %% ../nbs/13_runs.ipynb #9ca945df
 def claim_folder(folder: Path, config: Config):
     "Make a run folder for a configuration, or check that it is this configuration's."
     path = folder / "config.json"

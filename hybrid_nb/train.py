@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'lr_at', 'parameter_groups', 'make_optimizer', 'fast_float32',
-           'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world', 'stop_requests', 'update', 'memory_gib',
-           'start_info', 'Progress', 'train', 'main']
+           'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world', 'stop_requests', 'ignore_signals', 'update',
+           'memory_gib', 'start_info', 'Progress', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #2cc11be3
+# %% ../nbs/15_train.ipynb #5954a4a2
 import argparse
 import hashlib
 import json
@@ -34,14 +34,14 @@ from transformers.utils.logging import disable_progress_bar
 from .account import count_params, run_flops
 from .config import Config, TrainConfig, asdict, config_hash, load_config
 from .data import END, TokenData, batch_hash, load_tokenizer, loader, prepare
-from .decoder import learned_state, make_decoder
+from .decoder import checkpoint_activations, learned_state, make_decoder
 from .evaluate import evaluate, sample_text
 from .orthogonal import seeded_weights
-from .runs import (IO, NUMERIC, STOPPED, Run, RunError, append_record, check_name, check_space, claim_folder,
+from .runs import (BAD_DATA, IO, NUMERIC, STOPPED, Run, RunError, append_record, check_name, check_space, claim_folder,
                             code_state, forget_after, io_errors, latest_checkpoint, load_run, lock_hash, locked, machine,
                             save_checkpoint, tensor_hash, versions, write_json)
 
-# %% ../nbs/15_train.ipynb #37630b00
+# %% ../nbs/15_train.ipynb #600b211d
 def lr_at(
     config: TrainConfig,
     step: int,  # updates done before this one
@@ -57,7 +57,7 @@ def lr_at(
     }[config.schedule]()
     return config.lr * share * min(1.0, (s + 1) / max(config.warmup_steps, 1))
 
-# %% ../nbs/15_train.ipynb #3ef9d7e2
+# %% ../nbs/15_train.ipynb #4a8358ca
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     "The documents' two groups: matrices with weight decay, biases and norms without."
     params = [p for p in model.parameters() if p.requires_grad]
@@ -68,7 +68,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     "AdamW over the two groups, in PyTorch's fused form."
     return torch.optim.AdamW(parameter_groups(model, config.weight_decay), config.lr, config.betas, config.eps, fused=True)
 
-# %% ../nbs/15_train.ipynb #9c438f15
+# %% ../nbs/15_train.ipynb #3938eb35
 @contextmanager
 def fast_float32(device_type: str) -> Iterator[None]:
     "On a CPU, float32 products by oneDNN where their error stays float32's; elsewhere nothing changes."
@@ -105,7 +105,7 @@ def matmul_rate(
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
-# %% ../nbs/15_train.ipynb #f4f6efa6
+# %% ../nbs/15_train.ipynb #41c78d44
 COMPILE_PAYS_FROM = 600  # seconds of estimated training on a CPU; compiling takes about one minute on two cores
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -136,7 +136,7 @@ def resolve(config: Config, device: torch.device) -> Resolved:
         raise RunError("compile='yes' needs a C++ compiler, and there is no g++; compile='no' does without")
     return Resolved(device.type, name, precision, compiled, "sdpa" if cuda else "blocks", torch.get_num_threads(), rates[precision])
 
-# %% ../nbs/15_train.ipynb #ed523db0
+# %% ../nbs/15_train.ipynb #422dec51
 @dataclass(frozen=True)
 class World:
     "This process among the others."
@@ -160,7 +160,7 @@ def join_world(device: str | None = None) -> tuple[World, torch.device]:
     rank = dist.get_rank() if size > 1 else 0
     return World(rank, size), torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
-# %% ../nbs/15_train.ipynb #b0aa5e16
+# %% ../nbs/15_train.ipynb #82bc42c0
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], str]]:
     "Catch SIGTERM and SIGINT; the yielded function tells the signal that came, or ''."
@@ -170,18 +170,23 @@ def stop_requests() -> Iterator[Callable[[], str]]:
         return
 
     def remember(number, frame):
-        if came:
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(signal.Signals(number).name)
 
     before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: "".join(came)
+        yield lambda: came[0] if came else ""
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
 
-# %% ../nbs/15_train.ipynb #9930d35d
+def ignore_signals(worker: int):
+    "Let a process that prepares batches leave signals to the one that trains."
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+
+# %% ../nbs/15_train.ipynb #e25f4e28
 def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     "Everything of model and optimizer that a step changes, as named tensors."
     seen, weights = set(), {}
@@ -209,7 +214,7 @@ def _unpack(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: t
     if "cuda" in groups["generators"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(groups["generators"]["cuda"])
 
-# %% ../nbs/15_train.ipynb #f40bdd05
+# %% ../nbs/15_train.ipynb #d53acffe
 MAX_OVERFLOWS = 20  # in a row; then the scale has vanished and training has failed
 
 def _noise_seed(seed: int, step: int, rank: int, micro: int) -> int:
@@ -252,7 +257,7 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     return total, norm, overflow
 
-# %% ../nbs/15_train.ipynb #25cb2258
+# %% ../nbs/15_train.ipynb #68b2b57d
 def memory_gib(device: torch.device) -> float:
     "Peak memory: of the device on a GPU, of the process on a CPU."
     if device.type == "cuda":
@@ -269,7 +274,7 @@ def start_info(config: Config, folder: Path, resolved: Resolved, world: World, d
             "matmul_flops": resolved.matmul_flops, "tokens_seen": 0, "trial": trial,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "duration_s": 0.0}
 
-# %% ../nbs/15_train.ipynb #f3e7dc64
+# %% ../nbs/15_train.ipynb #5ec50edc
 @dataclass
 class Progress:
     "How far a run is; saved with every checkpoint."
@@ -283,7 +288,7 @@ class Progress:
     busy_tokens: int = 0
     busy_s: float = 0.0
 
-# %% ../nbs/15_train.ipynb #1693e129
+# %% ../nbs/15_train.ipynb #03c1864a
 def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler) -> tuple[Progress, list[str]]:
     "Continue from the newest whole checkpoint, if there is one; what was noticed on the way."
     found, notes = latest_checkpoint(folder)
@@ -291,12 +296,12 @@ def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler) 
         return Progress(), notes
     for name, value in identity.items():
         if found.state[name] != value:
-            raise RunError(f"checkpoint {found.path} was made with another {name}: {found.state[name]} there, {value} here")
+            raise RunError(f"checkpoint {found.path} was made with another {name}: {found.state[name]} there, {value} here", BAD_DATA)
     _unpack(found.groups, model, optimizer)
     scaler.load_state_dict(found.state["scaler"])
     return Progress(**found.state["progress"]), [*notes, f"continued from step {found.step}"]
 
-# %% ../nbs/15_train.ipynb #046e39df
+# %% ../nbs/15_train.ipynb #4f071b47
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal) -> str:
     "Run the updates that remain; returns the state that the run ends in."
     t, main = config.train, world.rank == 0
@@ -326,9 +331,11 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     identity = {"config_hash": config_hash(config), "data": data.fingerprint, "frozen_sha256": frozen}
     progress, notes = _restore(folder, identity, model, optimizer, scaler)
     if t.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     net = torch.compile(model, dynamic=False) if resolved.compile else model
-    net = DistributedDataParallel(net, broadcast_buffers=False) if world.size > 1 else net
+    if world.size > 1:
+        net = DistributedDataParallel(net)
+        net.broadcast_buffers = False  # buffers are frozen weights, alike on all ranks
 
     info = start_info(config, folder, resolved, world, data, trial)
     info["weights"]["initial"] = initial
@@ -372,11 +379,13 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
         forget_after(folder, progress.step if progress.step else -1)
     tell("running")
     for note in notes:
-        record("event", event="resume", detail=note)
+        record("event", event="resume", detail=note.replace(f"{folder}/", ""))
     if progress.step == 0:
         look()
     stop, first = "", progress.step
-    for inputs, targets in loader(data, t, progress.step, t.steps, world.rank, world.size):
+    batches = loader(data, t, progress.step, t.steps, world.rank, world.size)
+    batches.worker_init_fn = ignore_signals
+    for inputs, targets in batches:
         began, step = time.perf_counter(), progress.step
         digest = batch_hash(inputs, targets)
         try:
@@ -425,7 +434,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     tell("done")
     return "done"
 
-# %% ../nbs/15_train.ipynb #d58dd2c6
+# %% ../nbs/15_train.ipynb #0b2f801a
 def train(
     config: Config,
     folder: str | Path,  # of the run; made, or continued where it holds a run of the same configuration
@@ -442,15 +451,17 @@ def train(
     main = world.rank == 0
     if main:
         claim_folder(folder, config)
-    with locked(folder) if main else nullcontext(), io_errors(f"run {folder}"):
-        if main and (folder / "run.json").exists() and load_run(folder).info["status"] == "done":
+    if (folder / "run.json").exists() and load_run(folder).info["status"] == "done":
+        if main:
             print(f"{folder} is finished: nothing to do")
-            return load_run(folder)
+        return load_run(folder)
+    with io_errors(f"run {folder}"), locked(folder) if main else nullcontext():
         with fast_float32(kind.type), stop_requests() as stop_signal:
             _loop(config, folder, world, kind, on_update, Path(cache), trial, stop_signal)
+            world.sum(0.0)  # all leave together, with the state that the first wrote
     return load_run(folder)
 
-# %% ../nbs/15_train.ipynb #ca60b76d
+# %% ../nbs/15_train.ipynb #d93c4e1f
 def main(argv: list[str] | None = None):
     "Train from a YAML file, alone or under torchrun; the exit code says how it ended."
     parser = argparse.ArgumentParser(prog="python -m hybrid_nb.train", description=main.__doc__)
@@ -461,12 +472,12 @@ def main(argv: list[str] | None = None):
     args, code = parser.parse_args(argv), 0
     try:
         run = train(load_config(args.config), args.run, device=args.device, cache=args.cache)
-        code = 0 if run.info["status"] == "done" or int(os.environ.get("RANK", 0)) else STOPPED
+        code = 0 if run.info["status"] == "done" else STOPPED
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = getattr(error, "exit_code", IO if isinstance(error, OSError) else 1)
     if dist.is_initialized():
-        if not code:
+        if code in (0, STOPPED):
             dist.barrier()
             dist.destroy_process_group()
         sys.stdout.flush()
@@ -474,6 +485,6 @@ def main(argv: list[str] | None = None):
         os._exit(code)
     sys.exit(code)
 
-# %% ../nbs/15_train.ipynb #36cf4bdc
+# %% ../nbs/15_train.ipynb #088a77ae
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
     main()

@@ -155,9 +155,7 @@ def test_only_what_opted_in_is_completed(tmp_path):
 BAD = {
     "-p stesp 5": "unknown parameter 'stesp' (did you mean 'steps'?)",
     "-p steps many": "steps='many' is not of type int",
-    "-p flag maybe": "flag='maybe' is not a bool: write true or false",
     "-p model ../../x": "name '../../x' is not",
-    "-f none.yaml": "no parameters file none.yaml",
 }
 
 
@@ -224,7 +222,6 @@ ENDS = {
     "killed": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", 75, "the kernel died in code cell 3, killed or out of memory"),
     "left": ("import sys\nsys.exit(0)", 65, "the notebook left by SystemExit(0) in code cell 3"),
     "numbers": ("from hybrid_nb.runs import RunError\nraise RunError('loss is NaN at step 7', 70)", 70, "loss is NaN at step 7 (code cell 3)"),
-    "config": ("from hybrid_nb.config import get_config\nget_config('lagre')", 64, "unknown preset 'lagre' (did you mean 'large'?)"),
     "ours": ("{}['x']", 1, "KeyError: 'x' (code cell 3)"),
 }
 

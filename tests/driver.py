@@ -1,0 +1,303 @@
+"""Training in real processes that may die, at the price of a fork: one interpreter imports everything and forks.
+
+Here are also the faults that such a process can be given: moments at which it kills itself, disks that fill, numbers
+that spoil. Tests call `start`; the interpreter that forks is this file, run as a program. With a job as its argument it
+runs that one, for torchrun to start.
+"""
+
+import atexit
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from hybrid_nb import runs, train
+from hybrid_nb.config import ModelConfig, get_config
+from hybrid_nb.data import grammar_entropy
+from hybrid_nb.decoder import DecoderForCausalLM, make_decoder
+from hybrid_nb.evaluate import sample_text
+
+KILL_STEP = 8  # a step that ends in a checkpoint
+TEMPORARY = f".tmp-step-{KILL_STEP}"
+
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wrap(owner, name: str, when, before=None, after=None):
+    "Let a function do something more before or after those calls whose arguments satisfy `when`."
+    real = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        hit = when(*args)
+        if hit and before:
+            before(*args)
+        result = real(*args, **kwargs)
+        if hit and after:
+            after(*args)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def halve_and_die(tensors, path, *args):
+    os.truncate(path, path.stat().st_size // 2)
+    die()
+
+
+def gut_and_die(path, *args):
+    next(Path(path).iterdir()).unlink()
+    die()
+
+
+def half_record_and_die(folder, kind, *args):
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "train", "step": 9, "lo')
+    die()
+
+
+def at_update(step: int, action, when: str = "before"):
+    "Do something before, amid or after the update that follows `step` others; amid: its gradients are there."
+    def amid(*args):
+        wrap(torch.nn.utils, "clip_grad_norm_", lambda *a: True, before=lambda *a: action(*args))
+
+    do = {"before": {"before": action}, "amid": {"before": amid}, "after": {"after": action}}[when]
+    wrap(train, "update", lambda *a: a[6] == step, **do)
+
+
+def in_checkpoint(path: Path, *args) -> bool:
+    return path.parent.name == TEMPORARY
+
+
+KILLS = {
+    "temporary directory": lambda: wrap(Path, "mkdir", lambda p, *a: p.name == TEMPORARY, after=die),
+    "mid-write": lambda: wrap(safetensors.torch, "save_file", lambda t, p, *a: in_checkpoint(p) and p.stem == "optimizer",
+                              after=halve_and_die),
+    "before manifest": lambda: wrap(runs, "write_file", in_checkpoint, before=die),
+    "before rename": lambda: wrap(os, "rename", lambda a, b: Path(b).name == f"step-{KILL_STEP}", before=die),
+    "after rename": lambda: wrap(os, "rename", lambda a, b: Path(b).name == f"step-{KILL_STEP}", after=die),
+    "mid-rotation": lambda: wrap(shutil, "rmtree", lambda p, *a: ".tmp-old" in str(p), before=gut_and_die),
+    "mid-step": lambda: at_update(KILL_STEP + 1, die, "amid"),
+    "mid-record": lambda: wrap(train, "append_record", lambda f, kind, step: (kind, step) == ("train", KILL_STEP + 1),
+                               before=half_record_and_die),
+    "finished model": lambda: wrap(DecoderForCausalLM, "save_pretrained", lambda *a: True, after=die),
+    "before done": lambda: wrap(train, "write_json", lambda p, v: v["status"] == "done", before=die),
+}
+
+
+def kill_step(step: str):
+    "Die amid the update that follows `step` others."
+    at_update(int(step), die, "amid")
+
+
+def slow():
+    wrap(train, "update", lambda *a: True, before=lambda *a: time.sleep(0.15))
+
+
+def fill_disk(folder: str, when: str, left: str = "0"):
+    "Another program fills the disk, but for some KiB, before a checkpoint is made, a record or the finished model."
+    def fill(*args):
+        with open(Path(folder) / "filler", "wb", buffering=0) as f:
+            try:
+                while True:
+                    f.write(bytes(4096))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                os.truncate(f.fileno(), max(0, f.tell() - 1024 * int(left)))
+
+    {"checkpoint": lambda: at_update(KILL_STEP - 1, fill, "after"),
+     "record": lambda: at_update(KILL_STEP + 1, fill, "after"),
+     "model": lambda: wrap(DecoderForCausalLM, "save_pretrained", lambda *a: True, before=fill),
+     "tokenizer": lambda: wrap(DecoderForCausalLM, "save_pretrained", lambda *a: True, after=fill)}[when]()
+
+
+def nan_gradient(step: str, rank: str = "0"):
+    "A gradient turns to NaN in the update that follows `step` others, on one rank."
+    def plant(model, *args):
+        if os.environ.get("RANK", "0") == rank:
+            next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
+
+    at_update(int(step), plant)
+
+
+def no_handlers():
+    "The naive program: signals are nobody's business."
+    signal.signal = lambda number, handler: signal.getsignal(number)
+
+
+def same_batches():
+    "The naive program: every rank sees what the first should see."
+    real = train.loader
+    train.loader = lambda data, t, start, stop, rank, size: real(data, t, start, stop, 0, size)
+
+
+def uneven_batch() -> tuple[torch.Tensor, torch.Tensor]:  # each (2 micro-batches, 4 sequences, 8): a rank takes two sequences
+    "Tokens and targets, of which the first rank has 3 and the second 24."
+    x, y = torch.randint(40, (2, 2, 4, 8), generator=torch.Generator().manual_seed(0))
+    y[0, :2], y[1, 0], y[1, 1, 3:], y[:, 2, 4:] = -100, -100, -100, -100
+    return x, y
+
+
+UNEVEN = get_config("smoke", {"n_layer": 1, "d_model": 16, "n_head": 2, "vocab_size": 40, "grad_clip": 0.1})
+
+
+def uneven_update(folder: str):
+    "Instead of a run: one update over uneven targets on two ranks, its loss, norm and parameters written to files."
+    def main(argv):
+        world, _ = train.join_world("cpu")
+        torch.manual_seed(0)
+        model = make_decoder(UNEVEN.model)
+        net = torch.nn.parallel.DistributedDataParallel(model)
+        x, y = (t[:, 2 * world.rank:][:, :2] for t in uneven_batch())
+        optimizer, off = train.make_optimizer(model, UNEVEN.train), torch.amp.GradScaler("cpu", enabled=False)
+        loss, norm, _ = train.update(net, optimizer, off, x, y, UNEVEN.train, 0, world, nullcontext)
+        parts = dict(model.named_parameters()) | {"loss": torch.tensor(loss), "norm": torch.tensor(norm)}
+        safetensors.torch.save_file({n: t.detach() for n, t in parts.items()}, f"{folder}/rank-{world.rank}.safetensors")
+        torch.distributed.barrier()
+
+    train.main = main
+
+
+FAULTS = {"kill": lambda point: KILLS[point](), "kill step": kill_step, "slow": slow, "fill disk": fill_disk,
+          "nan gradient": nan_gradient, "no handlers": no_handlers, "same batches": same_batches, "uneven update": uneven_update}
+
+
+# The interpreter that forks
+
+
+def run(job: dict):
+    for name, *args in job["faults"]:
+        FAULTS[name](*args)
+    train.main(job["argv"])
+
+
+def child(job: dict):
+    "A forked process: its own session, streams and environment, the faults, then the command."
+    os.setsid()
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(job["env"])
+    code = 1
+    try:
+        run(job)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int, timeout: float) -> int | None:
+    "The exit code of a child, negative where a signal ended it; None, and the child is killed, when time is up."
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def warm_up():
+    "Do once what every child would do again: imports on demand, the grammar's entropy, the rate of products."
+    grammar_entropy()
+    train.matmul_rate = lambda dtype, device: 1e9
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    sample_text(make_decoder(ModelConfig(n_layer=1, vocab_size=2), eos_token_id=1), tokenizer, "a", tokens=2)
+
+
+def serve():
+    warm_up()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "pid" in job:
+            print(json.dumps(ended(**job)), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            child(job)
+        print(pid, flush=True)
+
+
+# What tests call
+
+
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@cache
+def interpreter() -> subprocess.Popen:
+    "The interpreter that forks, started once in a session."
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, __file__], env=ENV, text=True, **pipes)
+    atexit.register(process.communicate)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def ask(job: dict):
+    server = interpreter()
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+@dataclass
+class Process:
+    "A training process that `start` started."
+    pid: int
+    out_path: str
+    err_path: str
+
+    def wait(self, timeout: float = 60) -> int:
+        "Its exit code, negative where a signal ended it."
+        code = ask({"pid": self.pid, "timeout": timeout})
+        assert code is not None, f"still running after {timeout} s; {self.err}"
+        return code
+
+    @property
+    def out(self) -> str:
+        return Path(self.out_path).read_text()
+
+    @property
+    def err(self) -> str:
+        return Path(self.err_path).read_text()
+
+
+def job(argv: list, *faults: tuple) -> dict:
+    return {"argv": [str(a) for a in argv], "faults": [[str(a) for a in f] for f in faults]}
+
+
+def start(argv: list, *faults: tuple, **env: str) -> Process:
+    "Run `python -m hybrid_nb.train` with arguments, faults and more environment in a process of its own."
+    streams = tempfile.mkdtemp()
+    out, err = f"{streams}/out", f"{streams}/err"
+    return Process(ask(job(argv, *faults) | {"env": env, "out": out, "err": err}), out, err)
+
+
+if __name__ == "__main__":
+    run(json.loads(sys.argv[1])) if len(sys.argv) > 1 else serve()

@@ -1,0 +1,132 @@
+"""The `hnb` command as a user types it: real processes.
+
+Run with `pytest tests/test_cli.py`.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from test_papermill import LOOP, SHOW, TRAIN, end, start, tiny
+
+HNB = [str(Path(sys.executable).parent / "hnb")]
+
+
+def hnb(folder: Path, *words) -> tuple[int, str, str]:
+    "Exit code, stdout and stderr of a command."
+    return end(start([*HNB, *words], folder))
+
+
+def test_help_answers_at_once_without_torch(tmp_path):
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        run = subprocess.run([*HNB, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - begun)
+    assert min(times) < 0.5, f"hnb --help takes {min(times):.2f} s"
+    for name in ("run", "presets", "plan", "sample", "doctor", "verify", "hnb run train -p model large"):
+        assert name in run.stdout
+    check = "import sys; sys.argv = ['hnb', '--help']; from hybrid_nb.pipeline import main\ntry: main()\nexcept SystemExit: pass\n"
+    check += "print([m for m in ('torch', 'transformers', 'papermill', 'nbconvert', 'pandas', 'matplotlib') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("[]\n"), run.stdout
+
+
+def test_each_command_has_help_with_examples(tmp_path):
+    runs = {name: start([*HNB, name, "--help"], tmp_path) for name in ("run", "plan", "sample", "verify")}
+    for name, process in runs.items():
+        code, out, err = end(process)
+        assert (code, err) == (0, "") and f"\n  hnb {name} " in out, (name, out)
+
+
+def test_presets_without_torch(tmp_path):
+    code, out, err = hnb(tmp_path, "presets")
+    assert (code, err) == (0, "")
+    names = [line.split()[0] for line in out.splitlines()[1:]]
+    assert names[:4] == ["smoke", "small", "base", "large"] and {"gpt-base", "oelm-freeze", "foundation-32l"} <= set(names)
+    assert re.search(r"^foundation .* 208,638,720 ", out, re.M)
+
+
+def test_errors_are_one_line(tmp_path):
+    wrong = {
+        ("rum",): (64, "No such command 'rum'"),
+        ("run", "trian"): (64, "no pipeline 'trian'"),
+        ("run", "train", "-p", "steps"): (64, "write: hnb run PIPELINE [-p PARAMETER VALUE]"),
+        ("run", "train", "-p", "stesp", "5"): (64, "unknown parameter 'stesp' (did you mean 'steps'?)"),
+        ("run", "train", "-p", "steps", "many"): (64, "steps='many' is not of type int"),
+        ("sample", "nowhere"): (65, "no run in"),
+        ("verify", "none.ipynb"): (65, "no report none.ipynb"),
+    }
+    tiny(tmp_path / "pipelines" / "train.ipynb")
+    runs = {words: start([*HNB, *words], tmp_path) for words in wrong}
+    for words, process in runs.items():
+        code, out, err = end(process)
+        assert (code, out, err.count("\n")) == (wrong[words][0], "", 1), (words, code, out, err)
+        assert err.startswith("hnb: ") and wrong[words][1] in err, err
+    assert not (tmp_path / "reports").exists()
+
+
+def test_run_replaces_its_own_report_at_once(tmp_path):
+    path = tiny(tmp_path / "pipelines" / "train.ipynb", LOOP, SHOW)
+    code, out, err = hnb(tmp_path, "run", path, "-p", "model", "base")
+    assert code == 0 and out.splitlines()[:3] == ["step 0", "step 1", "step 2"], err
+    report = tmp_path / re.search(r"^report  (reports/train-base-\w{6}\.ipynb)$", out, re.M)[1]
+    before = report.read_bytes()
+    tiny(path, "1 / 0", SHOW)
+    code, out, err = hnb(tmp_path, "run", path, "-p", "model", "base")
+    assert code == 1 and err == f"hnb: ZeroDivisionError: division by zero (code cell 4); see reports/{report.stem}.FAILED.ipynb\n"
+    assert report.read_bytes() == before
+    tiny(path, "print('second')", SHOW)
+    assert hnb(tmp_path, "run", path, "-p", "model", "base")[0] == 0
+    assert "second" in report.read_text() and [p.name for p in report.parent.glob("*.ipynb")] == [report.name]
+
+
+def test_run_is_stopped_by_a_signal(tmp_path):
+    path = tiny(tmp_path / "pipelines" / "train.ipynb", TRAIN, SHOW)
+    process = start([*HNB, "run", path], tmp_path)
+    while "step 3" not in (line := process.stdout.readline()):
+        assert line or process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, out, err = end(process)
+    assert code == 75 and "SIGTERM: stopped; the same command continues the run" in err, err
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_two_runs_of_one_report(tmp_path):
+    path = tiny(tmp_path / "pipelines" / "train.ipynb", "import time\nopen('begun', 'w')\ntime.sleep(6)", SHOW)
+    first = start([*HNB, "run", path], tmp_path)
+    while not (tmp_path / "begun").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    code, out, err = hnb(tmp_path, "run", path)
+    assert code == 64 and re.fullmatch(r"hnb: another process is making train-smoke-\w{6}\.ipynb\n", err)
+    assert end(first)[0] == 0
+
+
+def test_plan_and_doctor_measure(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    plan = start([*HNB, "plan", "large"], tmp_path, env=env)
+    doctor = start([*HNB, "doctor"], tmp_path, env=env)
+    code, out, err = end(plan)
+    assert code == 0, err
+    assert "334,858,240" in out or "259,360,768" in out, "parameters of large"
+    assert "papermill pipelines/train.ipynb -p model large" in out and "H200" in out
+    code, out, err = end(doctor)
+    assert code == 0, err
+    for what in ("python", "torch", "papermill", "processor", "compiler", "browser", "free disk"):
+        assert re.search(rf"^{what} +\S", out, re.M), what
+    rates = [int(m.replace(",", "")) for m in re.findall(r"^(?:float32.*?|bfloat16) +([\d,]+) GFLOP/s$", out, re.M)]
+    assert len(rates) == 3 and all(rate > 1 for rate in rates)
+
+
+def test_a_report_of_one_notebook_has_no_trace_of_another(tmp_path):
+    path = tiny(tmp_path / "pipelines" / "train.ipynb", "print('here')", SHOW)
+    output = tmp_path / "elsewhere" / "mine.ipynb"
+    assert hnb(tmp_path, "run", path, "--output", output)[0] == 0
+    assert sorted(p.name for p in output.parent.iterdir()) == ["index.html", "mine.html", "mine.ipynb"]
+    assert nbformat.read(output, 4).metadata["hybrid_nb"]["result"]["subject"] == "smoke"
