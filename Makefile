@@ -60,7 +60,7 @@ docs: $(VENV)/.dev
 readme:
 	@{ $(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input; echo; } \
-	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9]{2}_)#](nbs/\1#g' | cat -s > $(README)
+	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9]{2}_)#](nbs/\1#g' | cat -s | sed '$${/^$$/d;}' > $(README)
 
 clean:
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKS_UP_TO', 'attend_dense', 'attend_blocks', 'attend', 'projection', 'is_shared', 'Attention']
 
-# %% ../nbs/06_attention.ipynb #2e61826e
+# %% ../nbs/06_attention.ipynb #3ad7a72c
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .config import ModelConfig
 from .orthogonal import OrthogonalLinear
 from .rope import apply_rope, rope_table
 
-# %% ../nbs/06_attention.ipynb #26702bda
+# %% ../nbs/06_attention.ipynb #c569616d
 def attend_dense(
     q_BHTK: Tensor,
     k_BGSK: Tensor,
@@ -32,7 +32,7 @@ def attend_dense(
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return F.dropout(scores.softmax(-1).to(v_BHSK.dtype), dropout) @ v_BHSK
 
-# %% ../nbs/06_attention.ipynb #60f97012
+# %% ../nbs/06_attention.ipynb #ee77f817
 def attend_blocks(
     q_BHTK: Tensor,
     k_BGTK: Tensor,
@@ -52,7 +52,7 @@ def attend_blocks(
         out.append((probs.view(B, G, -1, j) @ v_BGTK[:, :, :j]).view(B, H, j - i, K))
     return torch.cat(out, dim=2)
 
-# %% ../nbs/06_attention.ipynb #bc3e0a96
+# %% ../nbs/06_attention.ipynb #9aa71b74
 BLOCKS_UP_TO = 2048  # tokens; beyond, blocks would hold too many scores for the backward pass
 
 def attend(
@@ -72,7 +72,7 @@ def attend(
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, mask, dropout, is_causal=mask is None and T > 1,
                                           enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1])
 
-# %% ../nbs/06_attention.ipynb #c86fee72
+# %% ../nbs/06_attention.ipynb #7f0ac510
 def projection(
     config: ModelConfig,
     role: str,  # 'q', 'k', 'v' or 'o'
@@ -94,7 +94,7 @@ def is_shared(config: ModelConfig, role: str) -> bool:
     "Whether all layers use one projection of this role."
     return config.ortho_shared and config.state(role).startswith("frozen")
 
-# %% ../nbs/06_attention.ipynb #c2d9cfc1
+# %% ../nbs/06_attention.ipynb #4966ad08
 class Attention(nn.Module):
     "Causal self-attention over the past, with an optional cache."
 

@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'FROZEN', 'PEER_RATIO', 'DEFAULT_RATIO', 'make_peer', 'Contender', 'make_step', 'race', 'peak_rates',
            'contenders', 'benchmark', 'judge', 'plot_speed', 'startup_seconds']
 
-# %% ../nbs/19_benchmark.ipynb #c3460e9d
+# %% ../nbs/19_benchmark.ipynb #7659b3bc
 import subprocess
 import sys
 import time
@@ -28,7 +28,7 @@ from .decoder import make_decoder
 from .orthogonal import parameter_statistics
 from .train import DTYPES, fast_float32, make_optimizer, matmul_rate
 
-# %% ../nbs/19_benchmark.ipynb #583326d0
+# %% ../nbs/19_benchmark.ipynb #f76c7495
 SHAPES: dict[str, Config] = {
     "T": Config("T", ModelConfig(n_layer=4, d_model=256, n_head=4, n_kv_head=2, d_ff=688, vocab_size=4096, max_seq_len=256,
                                  ffn="swiglu", norm="rmsnorm", norm_eps=1e-6), TrainConfig(batch_size=16, seq_len=256)),
@@ -44,9 +44,10 @@ def make_peer(shape: ModelConfig) -> nn.Module:
             num_attention_heads=shape.n_head, num_key_value_heads=shape.n_kv_head, max_position_embeddings=shape.max_seq_len,
             rms_norm_eps=shape.norm_eps, tie_word_embeddings=True))
     return GPT2LMHeadModel(GPT2Config(vocab_size=shape.vocab_size, n_embd=shape.d_model, n_inner=shape.d_ff, n_layer=shape.n_layer,
-                                      n_head=shape.n_head, n_positions=shape.max_seq_len, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+                                      n_head=shape.n_head, n_positions=shape.max_seq_len, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                                      bos_token_id=0, eos_token_id=0))
 
-# %% ../nbs/19_benchmark.ipynb #07800832
+# %% ../nbs/19_benchmark.ipynb #549718cc
 @dataclass(frozen=True)
 class Contender:
     "One way to make a training step."
@@ -91,7 +92,7 @@ def make_step(contender: Contender, config: Config, device: torch.device) -> Cal
 
     return step
 
-# %% ../nbs/19_benchmark.ipynb #28fb2d5f
+# %% ../nbs/19_benchmark.ipynb #24d4212a
 def race(
     steps: dict[str, Callable[[], float]],  # label: a training step
     rounds: int = 5,
@@ -113,7 +114,7 @@ def race(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/19_benchmark.ipynb #9cce4225
+# %% ../nbs/19_benchmark.ipynb #7b0cb47e
 def peak_rates(device: torch.device) -> dict[str, float]:
     "Measured matmul rate of each precision, FLOP/s."
     rates = {"fp32 (default)": matmul_rate(torch.float32, device)}
@@ -155,7 +156,7 @@ def benchmark(
                      "ratio_to_default": (seconds["transformers, fp32 (default)"] / seconds[c.label]).median()})
     return pd.DataFrame(rows)
 
-# %% ../nbs/19_benchmark.ipynb #3242cbe6
+# %% ../nbs/19_benchmark.ipynb #8488a728
 PEER_RATIO, DEFAULT_RATIO = 1.15, 3.0
 
 def judge(table: pd.DataFrame) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def plot_speed(table: pd.DataFrame) -> Figure:
     fig.tight_layout()
     return fig
 
-# %% ../nbs/19_benchmark.ipynb #656fc9ac
+# %% ../nbs/19_benchmark.ipynb #761576c8
 def startup_seconds(repeat: int = 3) -> dict[str, float]:  # best of the repeats
     "Seconds that a fresh process takes for the interpreter alone, `import hybrid_nb`, and `hnb --help`."
     commands = {"python": "pass", "import hybrid_nb": "import hybrid_nb",

@@ -6,7 +6,7 @@
 __all__ = ['Projection', 'OutputProjection', 'PRESETS', 'ConfigError', 'closest', 'ModelConfig', 'TrainConfig', 'DataConfig',
            'Config', 'asdict', 'config_hash', 'cast', 'override', 'get_config', 'to_yaml', 'from_dict', 'load_config']
 
-# %% ../nbs/01_config.ipynb #214dc692
+# %% ../nbs/01_config.ipynb #de032ebc
 import dataclasses
 import difflib
 import hashlib
@@ -21,12 +21,12 @@ from typing import Any, Literal
 
 import yaml
 
-# %% ../nbs/01_config.ipynb #71f2fc51
+# %% ../nbs/01_config.ipynb #392cb0a4
 class ConfigError(ValueError):
     "A value that no run can be made from; the message names it and what is admissible."
     exit_code = 64
 
-# %% ../nbs/01_config.ipynb #eeaf2130
+# %% ../nbs/01_config.ipynb #9c78f3b0
 def closest(
     word: str,  # what the user wrote
     options: Iterable[str],  # what exists
@@ -35,7 +35,7 @@ def closest(
     near = difflib.get_close_matches(word, list(options), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
-# %% ../nbs/01_config.ipynb #ecdbecea
+# %% ../nbs/01_config.ipynb #2abf011d
 def _check(ok: bool, message: str):
     if not ok:
         raise ConfigError(message)
@@ -52,7 +52,7 @@ def _check_positive(record, *names: str):
     for name in names:
         _check(getattr(record, name) >= 1, f"{name}={getattr(record, name)} must be at least 1")
 
-# %% ../nbs/01_config.ipynb #00177e64
+# %% ../nbs/01_config.ipynb #1fd7a14d
 Projection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian"]
 OutputProjection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian", "none"]
 
@@ -110,7 +110,7 @@ class ModelConfig:
         "The state of one attention projection."
         return getattr(self, role)
 
-# %% ../nbs/01_config.ipynb #f1784124
+# %% ../nbs/01_config.ipynb #4ae10138
 @dataclass(frozen=True)
 class TrainConfig:
     "Optimizer, schedule, batch, precision and intervals of a run; lengths in tokens, intervals in steps."
@@ -153,7 +153,7 @@ class TrainConfig:
             _check(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} is outside [0, 1]")
         _check(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} are outside [0, 1)")
 
-# %% ../nbs/01_config.ipynb #f161ade0
+# %% ../nbs/01_config.ipynb #60bd0406
 @dataclass(frozen=True)
 class DataConfig:
     "Where text comes from and how it becomes tokens."
@@ -182,7 +182,7 @@ class Config:
         _check(self.train.seq_len <= self.model.max_seq_len,
                f"seq_len={self.train.seq_len} exceeds the model's positions, max_seq_len={self.model.max_seq_len}")
 
-# %% ../nbs/01_config.ipynb #1c90660c
+# %% ../nbs/01_config.ipynb #09b7f75f
 def asdict(config) -> dict[str, Any]:
     "A configuration as plain dictionaries and lists, ready for JSON or YAML."
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -191,7 +191,7 @@ def config_hash(config) -> str:  # 64 hexadecimal digits
     "SHA-256 of a configuration's canonical JSON."
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/01_config.ipynb #3727669a
+# %% ../nbs/01_config.ipynb #8c5442bd
 def cast(
     name: str,  # of the field, for the message
     value: Any,  # as YAML or a command line gave it
@@ -220,7 +220,7 @@ def cast(
     except (TypeError, ValueError):
         raise ConfigError(f"{name}={value!r} is not of type {hint.__name__}") from None
 
-# %% ../nbs/01_config.ipynb #38927dac
+# %% ../nbs/01_config.ipynb #f54b8c72
 def _field_map() -> dict[str, tuple[str, Any]]:
     "Each bare field name: the record that has it, and its type."
     parts = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
@@ -242,7 +242,7 @@ def override(
         changes["model"].setdefault("n_kv_head", None)
     return replace(config, **{part: replace(getattr(config, part), **c) for part, c in changes.items()})
 
-# %% ../nbs/01_config.ipynb #6c7c2005
+# %% ../nbs/01_config.ipynb #9b085050
 def _ora(n_layer: int, d_model: int) -> ModelConfig:
     "Document 001, section 1.1."
     return ModelConfig(n_layer=n_layer, d_model=d_model, n_head=d_model // 64, d_ff=4 * d_model, vocab_size=32_000,
@@ -266,7 +266,7 @@ _foundation_train = TrainConfig(
     gradient_checkpointing=True, eval_interval=5000, save_interval=10_000, log_interval=100, workers=8, pin_memory=True)
 _wide = DataConfig(bpe_vocab=8192)
 
-# %% ../nbs/01_config.ipynb #97b0854f
+# %% ../nbs/01_config.ipynb #757f8899
 PRESETS: dict[str, Config] = {
     "smoke": Config("smoke", ModelConfig(vocab_size=2048), data=DataConfig(bpe_vocab=2048, grammar_stories=16_000, valid_fraction=0.01)),
     "small": Config("small", _ora(6, 512), TrainConfig(
@@ -290,7 +290,7 @@ PRESETS: dict[str, Config] = {
                                                        d_ff=2176), _foundation_train, _wide),
 }
 
-# %% ../nbs/01_config.ipynb #13bac185
+# %% ../nbs/01_config.ipynb #2181badd
 def get_config(
     name: str = "smoke",  # a preset
     overrides: dict[str, Any] | None = None,  # 'train.lr' or 'lr': value
@@ -299,12 +299,12 @@ def get_config(
     _check(name in PRESETS, f"unknown preset {name!r}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return override(PRESETS[name], overrides or {})
 
-# %% ../nbs/01_config.ipynb #aab8b1d3
+# %% ../nbs/01_config.ipynb #f9d666b4
 def to_yaml(config: Config) -> str:
     "A configuration as YAML that `load_config` reads back."
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
-# %% ../nbs/01_config.ipynb #49257c82
+# %% ../nbs/01_config.ipynb #ad4628ca
 def from_dict(
     raw: dict[str, Any],  # 'name', 'model', 'train', 'data', as `asdict` gives them, and 'preset', which they change
 ) -> Config:
@@ -316,7 +316,7 @@ def from_dict(
     config = get_config(raw.get("preset", "smoke"), values)
     return replace(config, name=str(raw.get("name", config.name)))
 
-# %% ../nbs/01_config.ipynb #3ebf9b6d
+# %% ../nbs/01_config.ipynb #bd6cc9e1
 _ALIASES = {
     "layers": "n_layer", "n_layers": "n_layer", "hidden_dim": "d_model", "num_heads": "n_head", "n_heads": "n_head",
     "ffn_dim": "d_ff", "grad_clip": "grad_clip", "decay_strategy": "schedule", "gradient_accumulation": "grad_accum",
@@ -327,7 +327,7 @@ _SCHEDULES = {"cosine_with_restarts": "cosine-restarts"}
 _DATASETS = {"TinyStories": "hf:roneneldan/TinyStories"}
 _SECTIONS = ("model", "optimizer", "lr_schedule", "training", "resources")
 
-# %% ../nbs/01_config.ipynb #b64a7e60
+# %% ../nbs/01_config.ipynb #8508f3f8
 def _parse_rate(text: str) -> dict[str, Any]:
     "Document 002 writes rate and schedule as one phrase: '3e-4 (warmup 2K steps, cosine decay)'."
     match = re.fullmatch(r"\s*([\d.e+-]+)\s*(?:\(warmup (\d+)K steps, (\w+) decay\))?\s*", text)
@@ -354,7 +354,7 @@ def _from_document(flat: dict[str, Any]) -> dict[str, Any]:
             _check(values.setdefault(name, v) == v, f"{key}={v!r} contradicts {name}={values[name]!r} in the same file")
     return values
 
-# %% ../nbs/01_config.ipynb #227cdf7f
+# %% ../nbs/01_config.ipynb #aaa12ae2
 def _document_config(raw: dict[str, Any], name: str) -> Config:
     "A file of document 001 (sections) or 002 (flat)."
     flat = {k: v for s in _SECTIONS for k, v in raw.get(s, {}).items() if s != "resources"} if "model" in raw else raw
@@ -373,7 +373,7 @@ def _document_config(raw: dict[str, Any], name: str) -> Config:
     _check(effective in (None, batch), f"effective_batch_size={effective} is not batch_size x gradient_accumulation = {batch}")
     return config
 
-# %% ../nbs/01_config.ipynb #d4306fbc
+# %% ../nbs/01_config.ipynb #2083b455
 def load_config(
     path: str | Path,  # of a YAML file: ours, or one of documents 001 and 002
 ) -> Config:

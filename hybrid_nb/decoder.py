@@ -7,7 +7,7 @@ __all__ = ['DecoderConfig', 'RMSNorm', 'make_norm', 'DecoderBlock', 'DecoderPreT
            'linear_cross_entropy', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama',
            'checkpoint_activations']
 
-# %% ../nbs/09_decoder.ipynb #f0151391
+# %% ../nbs/09_decoder.ipynb #4d5e80b1
 import re
 from dataclasses import fields
 from functools import partial
@@ -15,8 +15,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, LlamaConfig,
-                          LlamaForCausalLM, PreTrainedConfig, PreTrainedModel)
+from transformers import (
+                          AutoConfig,
+                          AutoModelForCausalLM,
+                          DynamicCache,
+                          GenerationMixin,
+                          LlamaConfig,
+                          LlamaForCausalLM,
+                          PreTrainedConfig,
+                          PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,7 +36,7 @@ from .ffn import feed_forward
 from .orthogonal import OrthogonalLinear, seeded_weights
 from .rope import rope_table
 
-# %% ../nbs/09_decoder.ipynb #0da50d12
+# %% ../nbs/09_decoder.ipynb #149d2b13
 class DecoderConfig(PreTrainedConfig):
     "A `ModelConfig` in the form that transformers saves beside weights."
     model_type = "hybrid_nb_decoder"
@@ -60,7 +68,7 @@ class DecoderConfig(PreTrainedConfig):
         "The configuration for a shape; further values (`eos_token_id`, ...) are transformers'."
         return cls(**asdict(shape), **values)
 
-# %% ../nbs/09_decoder.ipynb #ae6cb930
+# %% ../nbs/09_decoder.ipynb #3111a766
 class RMSNorm(nn.RMSNorm):
     "Root-mean-square norm ([Zhang & Sennrich 2019](https://arxiv.org/abs/1910.07467)), computed in float32 at least."
 
@@ -73,7 +81,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
     kind = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}[config.norm]
     return kind(config.d_model, eps=config.norm_eps)
 
-# %% ../nbs/09_decoder.ipynb #b6dfcd30
+# %% ../nbs/09_decoder.ipynb #9078b93e
 class DecoderBlock(GradientCheckpointingLayer):
     "Attention and feed-forward, each on a normalised copy of the residual stream."
 
@@ -101,7 +109,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         h_BTD = h_BTD + drop(self.self_attn(self.input_layernorm(h_BTD), rope, mask, past_key_values, shared, implementation))
         return h_BTD + drop(self.mlp(self.post_attention_layernorm(h_BTD)))
 
-# %% ../nbs/09_decoder.ipynb #6b626fd7
+# %% ../nbs/09_decoder.ipynb #22a074db
 class DecoderPreTrainedModel(PreTrainedModel):
     "What transformers needs to know of the decoder: configuration, initial weights, abilities."
     config_class = DecoderConfig
@@ -126,7 +134,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
-# %% ../nbs/09_decoder.ipynb #47592d94
+# %% ../nbs/09_decoder.ipynb #70a9c837
 class DecoderModel(DecoderPreTrainedModel):
     "Token ids to hidden states."
 
@@ -191,7 +199,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=h_BTD, past_key_values=past_key_values,
                                        hidden_states=tuple(states) if output_hidden_states else None)
 
-# %% ../nbs/09_decoder.ipynb #374f47f1
+# %% ../nbs/09_decoder.ipynb #f32994cf
 class _LinearCrossEntropy(torch.autograd.Function):
     "Summed cross-entropy of a linear head, in chunks of rows."
 
@@ -236,7 +244,7 @@ def linear_cross_entropy(
     "The summed cross-entropy of a linear head, without ever holding all its logits."
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, chunk)
 
-# %% ../nbs/09_decoder.ipynb #8c0eec35
+# %% ../nbs/09_decoder.ipynb #7f5850b5
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     "Hidden states to next-word logits, or straight to their loss."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -280,7 +288,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig, exist_ok=True)
 AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM, exist_ok=True)
 
-# %% ../nbs/09_decoder.ipynb #51cd320b
+# %% ../nbs/09_decoder.ipynb #beb79244
 def make_decoder(
     shape: ModelConfig,
     **values,  # transformers' own: eos_token_id, ...
@@ -288,13 +296,13 @@ def make_decoder(
     "A decoder of a shape, with fresh weights."
     return DecoderForCausalLM(DecoderConfig.from_model(shape, **values))
 
-# %% ../nbs/09_decoder.ipynb #eca816a0
+# %% ../nbs/09_decoder.ipynb #5e698405
 def learned_state(model: nn.Module) -> dict[str, Tensor]:
     "The state dictionary without what a seed can rebuild."
     leave = set(seeded_weights(model))
     return {n: t for n, t in model.state_dict().items() if n not in leave}
 
-# %% ../nbs/09_decoder.ipynb #2c9b7718
+# %% ../nbs/09_decoder.ipynb #8c47dead
 def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
     "The same function as a `LlamaForCausalLM`; frozen and shared projections are written out, an absent o is the identity."
     c = model.config.shape
@@ -320,7 +328,7 @@ def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
     llama.load_state_dict(state)
     return llama.to(model.dtype).train(model.training)
 
-# %% ../nbs/09_decoder.ipynb #433280b3
+# %% ../nbs/09_decoder.ipynb #d9218187
 def checkpoint_activations(model: PreTrainedModel):
     "Keep only the blocks' inputs for the backward pass."
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

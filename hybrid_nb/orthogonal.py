@@ -6,7 +6,13 @@
 __all__ = ['ROLES', 'METHODS', 'haar_frames', 'generate_orthogonal_matrix', 'seeded_generator', 'draw_weight', 'OrthogonalLinear',
            'seeded_weights', 'ParameterStatistics', 'parameter_statistics', 'frozen_roles', 'diagnose_freeze']
 
-# %% ../nbs/03_orthogonal.ipynb #90f24b6e
+# %% ../nbs/03_orthogonal.ipynb #ab56105f
+import warnings
+
+# %% ../nbs/03_orthogonal.ipynb #6d0adeeb
+warnings.filterwarnings("ignore", message="IProgress not found")  # transformers imports tqdm's widgets, which nothing here uses
+
+# %% ../nbs/03_orthogonal.ipynb #bba2e036
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization as init
 
-# %% ../nbs/03_orthogonal.ipynb #1a6f461d
+# %% ../nbs/03_orthogonal.ipynb #ee31c39a
 @contextmanager
 def _one_thread() -> Iterator[None]:
     "Linear algebra on one thread, so that its bits do not depend on how many the machine has."
@@ -44,7 +50,7 @@ def haar_frames(
         q_RC, r_CC = torch.linalg.qr(gaussian_RC)
     return q_RC * torch.where(r_CC.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
 
-# %% ../nbs/03_orthogonal.ipynb #fc9ddc2f
+# %% ../nbs/03_orthogonal.ipynb #73073c92
 def generate_orthogonal_matrix(
     dim: int,  # rows and columns, >= 1
     device: torch.device | str = "cpu",  # where the result lives; the draw is made on the CPU
@@ -60,7 +66,7 @@ def generate_orthogonal_matrix(
     gaussian = torch.randn(*batch, dim, dim, dtype=torch.float64, generator=generator, device="cpu")
     return haar_frames(gaussian).float().to(device)
 
-# %% ../nbs/03_orthogonal.ipynb #1f70e8c8
+# %% ../nbs/03_orthogonal.ipynb #9946a12c
 ROLES = ("q", "k", "v", "o")
 METHODS = ("qr", "per-head", "gaussian")
 
@@ -75,7 +81,7 @@ def seeded_generator(
     digest = hashlib.sha256(f"hybrid_nb orthogonal {seed} {layer} {role}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # torch's CPU generator keeps 32 bits
 
-# %% ../nbs/03_orthogonal.ipynb #e9cfcecb
+# %% ../nbs/03_orthogonal.ipynb #ff135997
 def _gaussian_shape(out_features: int, in_features: int, method: str, n_head: int, role: str) -> tuple[int, ...]:
     "The shape of the Gaussian that a weight is made from, for admissible sizes."
     if min(out_features, in_features, n_head) < 1:
@@ -93,7 +99,7 @@ def _gaussian_shape(out_features: int, in_features: int, method: str, n_head: in
         raise ValueError(f"heads of width {inner // n_head} cannot be orthonormal in {outer} dimensions")
     return n_head, outer, inner // n_head
 
-# %% ../nbs/03_orthogonal.ipynb #0e08d6a7
+# %% ../nbs/03_orthogonal.ipynb #dc8e2194
 def draw_weight(
     out_features: int,
     in_features: int,
@@ -116,7 +122,7 @@ def draw_weight(
     rows = q.mT.reshape(len(layers), -1, q.shape[-2])  # the frames' columns, one below the other
     return rows.mT.contiguous() if role == "o" else rows
 
-# %% ../nbs/03_orthogonal.ipynb #9f59d6d6
+# %% ../nbs/03_orthogonal.ipynb #d5865168
 class OrthogonalLinear(nn.Module):
     "A linear map whose weight is drawn from a seed and then frozen, or the start of a trainable parameter."
 
@@ -172,13 +178,13 @@ class OrthogonalLinear(nn.Module):
         return (f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.ortho_method!r}, "
                 f"freeze={self.freeze}, n_head={self.n_head}, seed={self.seed}, layer={self.layer}, role={self.role!r}")
 
-# %% ../nbs/03_orthogonal.ipynb #23825ae7
+# %% ../nbs/03_orthogonal.ipynb #7ee8f555
 def seeded_weights(model: nn.Module) -> list[str]:
     "Names of the frozen weights that their seeds can rebuild."
     layers = {path: m for path, m in model.named_modules() if isinstance(m, OrthogonalLinear)}
     return [f"{path}.weight".lstrip(".") for path, m in layers.items() if m.freeze and "weight" in m._buffers]
 
-# %% ../nbs/03_orthogonal.ipynb #2100db35
+# %% ../nbs/03_orthogonal.ipynb #cae1df4b
 class _Weight(NamedTuple):
     "A tensor that stands for a weight, and where it was found."
     name: str
@@ -201,7 +207,7 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
                 seen.add(id(tensor))
                 yield _Weight(f"{path}.{name}".lstrip("."), owner, tensor, kind)
 
-# %% ../nbs/03_orthogonal.ipynb #79e487db
+# %% ../nbs/03_orthogonal.ipynb #7d295e2c
 class ParameterStatistics(NamedTuple):
     "Numbers of weights, each counted once however often it is used."
     trainable: int
@@ -217,7 +223,7 @@ def parameter_statistics(
     total = sum(w.tensor.numel() for w in weights)
     return ParameterStatistics(trainable, total - trainable, total)
 
-# %% ../nbs/03_orthogonal.ipynb #04dace68
+# %% ../nbs/03_orthogonal.ipynb #d705cdcf
 def frozen_roles(
     expected: Any = None,  # a mapping or a configuration with states (or bools) of q, k, v, o; None: nothing is asked
 ) -> dict[str, bool]:  # only the roles that `expected` mentions
@@ -229,7 +235,7 @@ def frozen_roles(
     given = {role: state for role, state in states.items() if state is not None}
     return {role: state is True or str(state).startswith("frozen") for role, state in given.items()}
 
-# %% ../nbs/03_orthogonal.ipynb #5e01319f
+# %% ../nbs/03_orthogonal.ipynb #b5740776
 def _role(weight: _Weight) -> str | None:
     "The projection that a weight is, by its layer's word or name; None: it is no attention projection."
     if not weight.name.endswith("weight"):
@@ -239,7 +245,7 @@ def _role(weight: _Weight) -> str | None:
     match = re.fullmatch(r"(?:.*\.)?(?:w_)?([qkvo])(?:_?proj)?\.weight", weight.name.lower())
     return match and match[1]
 
-# %% ../nbs/03_orthogonal.ipynb #3b77eaeb
+# %% ../nbs/03_orthogonal.ipynb #c3ca65a8
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     "Restore every value, gradient and mode; gives the values as they are on entry, by name."
@@ -258,7 +264,7 @@ def _put_back(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for m, mode in modes.items():
             m.training = mode
 
-# %% ../nbs/03_orthogonal.ipynb #29a23206
+# %% ../nbs/03_orthogonal.ipynb #e7fb311d
 def _token_loss(model: nn.Module) -> Tensor:
     "The loss of a causal language model on a few random tokens."
     device = next(model.parameters()).device
@@ -287,7 +293,7 @@ def _moves(
         after = {w.name: attrgetter(w.name)(model).detach() for w in _weights(model)}
         return {name: (value - before[name]).abs().max().item() for name, value in after.items()}
 
-# %% ../nbs/03_orthogonal.ipynb #019fbd8a
+# %% ../nbs/03_orthogonal.ipynb #bd3ff7fe
 _ROUNDING = 1e-6  # a float64 draw rounded to float32 on two instruction sets differs by less
 
 def _seed_gap(weight: _Weight) -> float | None:
@@ -298,7 +304,7 @@ def _seed_gap(weight: _Weight) -> float | None:
     rounded = (draw.to(dtype).float() for dtype in (weight.tensor.dtype, torch.bfloat16, torch.float16))
     return min((value - d).abs().max().item() for d in rounded)
 
-# %% ../nbs/03_orthogonal.ipynb #514443c5
+# %% ../nbs/03_orthogonal.ipynb #d1f8c59d
 def _judge(
     weight: _Weight,
     role: str | None,
@@ -330,7 +336,7 @@ def _judge(
         return should, "unmoved", "trainable, but no step moved it"
     return should, "", "frozen" if should else "trains"
 
-# %% ../nbs/03_orthogonal.ipynb #12a27f8e
+# %% ../nbs/03_orthogonal.ipynb #4dbbccbb
 def _load(path: str | Path) -> nn.Module:
     "The causal language model of a folder that `save_pretrained` wrote."
     from transformers import AutoModelForCausalLM

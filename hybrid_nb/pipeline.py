@@ -12,7 +12,7 @@ __all__ = ['RESULT_MIME', 'app', 'LOSS_TOLERANCE', 'Parameter', 'declared', 'adm
            'preset_rows', 'presets', 'plan_text', 'plan', 'doctor_rows', 'doctor', 'sample_run', 'sample',
            'read_result', 'verify_quick', 'hardware_key', 'compare_runs', 'verify_replay', 'verify', 'main']
 
-# %% ../nbs/18_pipeline.ipynb #d2adf5a7
+# %% ../nbs/18_pipeline.ipynb #7a2e5e8c
 import ast
 import atexit
 import base64
@@ -56,7 +56,7 @@ from hybrid_nb.runs import (
     replace_file,
 )
 
-# %% ../nbs/18_pipeline.ipynb #7f9408bd
+# %% ../nbs/18_pipeline.ipynb #56992481
 def _line(text: Any) -> str:
     "The first line of a message that has something on it."
     return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
@@ -67,7 +67,7 @@ def _exit_code(error: BaseException) -> int:
         return IO
     return getattr(error, "exit_code", BAD_DATA if isinstance(error, ValueError) else 1)
 
-# %% ../nbs/18_pipeline.ipynb #dfd15f7f
+# %% ../nbs/18_pipeline.ipynb #9eacf3b2
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
 
 def _hint(node: ast.expr) -> Any:
@@ -83,7 +83,7 @@ def _hint(node: ast.expr) -> Any:
             return Literal[ast.literal_eval(options)]
     return Any
 
-# %% ../nbs/18_pipeline.ipynb #5765a875
+# %% ../nbs/18_pipeline.ipynb #500ae06e
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell."
@@ -104,7 +104,7 @@ def _parameter(node: ast.stmt, line: str) -> Parameter | None:
     kind = _hint(node.annotation) if isinstance(node, ast.AnnAssign) else _SCALARS.get(type(default).__name__, Any)
     return Parameter(target.id, kind, default, line.encode()[node.end_col_offset :].decode().partition("#")[2].strip())
 
-# %% ../nbs/18_pipeline.ipynb #28cf6d63
+# %% ../nbs/18_pipeline.ipynb #f61c0050
 def declared(
     nb,  # notebook node
 ) -> dict[str, Parameter]:  # by name, in the cell's order
@@ -118,7 +118,7 @@ def declared(
     found = (_parameter(node, lines[node.end_lineno - 1]) for node in body)
     return {p.name: p for p in found if p}
 
-# %% ../nbs/18_pipeline.ipynb #35a3e567
+# %% ../nbs/18_pipeline.ipynb #5c5391e2
 def _number(name: str, value: Any) -> Any:
     "Text of a number as the number; what is no number is left to `cast`, and what is not finite refused."
     try:
@@ -131,7 +131,7 @@ def _number(name: str, value: Any) -> Any:
         return value
     return int(value) if value.strip().lstrip("+-").isdecimal() else number
 
-# %% ../nbs/18_pipeline.ipynb #87344695
+# %% ../nbs/18_pipeline.ipynb #bdcdd15b
 def _cast(name: str, value: Any, hint: Any) -> Any:
     "A value as the declared type."
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -159,7 +159,7 @@ def _listed(name: str, value: Any) -> list:
         raise ConfigError(f"{name}={value!r} is not a list: write 1,2,3")
     return value
 
-# %% ../nbs/18_pipeline.ipynb #34f0eacd
+# %% ../nbs/18_pipeline.ipynb #4216ea17
 def admit(
     parameters: dict[str, Parameter],  # as declared
     given: dict[str, Any],  # name: value, of any type that can be cast
@@ -171,7 +171,7 @@ def admit(
             raise ConfigError(f"unknown parameter {name!r}{closest(name, parameters)}; there are {options}")
     return {name: _cast(name, value, parameters[name].hint) for name, value in given.items()}
 
-# %% ../nbs/18_pipeline.ipynb #686e8a9f
+# %% ../nbs/18_pipeline.ipynb #42bc6fb9
 def opt_in(
     nb,  # notebook node
 ) -> dict[str, str] | None:  # pipeline and subject; None where the notebook says nothing
@@ -183,7 +183,7 @@ def opt_in(
         raise ConfigError(f"metadata.hybrid_nb.subject={about.get('subject')!r} names no parameter of the notebook")
     return {"pipeline": check_name(about["pipeline"]), "subject": about["subject"]}
 
-# %% ../nbs/18_pipeline.ipynb #16773cf6
+# %% ../nbs/18_pipeline.ipynb #e7a83f4b
 def report_name(
     nb,  # notebook node that opted in
     given: dict[str, Any],  # parameters, cast
@@ -196,7 +196,7 @@ def report_name(
     subject = Path(subject).stem if subject.endswith((".yaml", ".yml")) else subject
     return check_name(f"{about['pipeline']}-{check_name(subject)}-{digest[:6]}")
 
-# %% ../nbs/18_pipeline.ipynb #ba5a3497
+# %% ../nbs/18_pipeline.ipynb #fcfbf684
 _ARITY = {
     **dict.fromkeys("-p --parameters -r --parameters_raw".split(), 2),
     **dict.fromkeys(
@@ -209,7 +209,7 @@ _ARITY = {
         "--progress-bar --no-progress-bar --log-output --no-log-output --report-mode --no-report-mode".split(), 0),
 }
 
-# %% ../nbs/18_pipeline.ipynb #49d9bf1d
+# %% ../nbs/18_pipeline.ipynb #717c4a25
 def read_command(
     words: list[str],  # a command line after the program's name
 ) -> tuple[list[str], list[tuple[str, list[str]]]] | None:  # positionals, (option, values); None: not understood
@@ -230,7 +230,7 @@ def read_command(
         options.append((name, values))
     return positionals, options
 
-# %% ../nbs/18_pipeline.ipynb #126d5a67
+# %% ../nbs/18_pipeline.ipynb #32034eb7
 def _mapping(text: str) -> dict[str, Any]:
     "YAML text that maps names to values."
     try:
@@ -247,7 +247,7 @@ def _text(path: str) -> str:
         raise ConfigError(f"no parameters file {path}")
     return Path(path).read_text(encoding="utf-8")
 
-# %% ../nbs/18_pipeline.ipynb #5f47d48b
+# %% ../nbs/18_pipeline.ipynb #ae412e3f
 _GIVES = {"-p": "p", "--parameters": "p", "-r": "r", "--parameters_raw": "r", "-f": "f", "--parameters_file": "f",
           "-y": "y", "--parameters_yaml": "y", "-b": "b", "--parameters_base64": "b"}
 
@@ -260,7 +260,7 @@ def given_parameters(
     texts += [_text(v) for (v,) in values["f"]] + [v for (v,) in values["y"]]
     return {k: v for text in texts for k, v in _mapping(text).items()} | dict(values["p"]) | dict(values["r"])
 
-# %% ../nbs/18_pipeline.ipynb #84605151
+# %% ../nbs/18_pipeline.ipynb #84ecf107
 def papermill_command(
     argv: list[str],  # sys.argv
     full: list[str],  # sys.orig_argv
@@ -272,7 +272,7 @@ def papermill_command(
     program = Path(argv[0]) if argv else Path()
     return program.name in ("papermill", "papermill.exe") or program.parts[-2:] == ("papermill", "__main__.py")
 
-# %% ../nbs/18_pipeline.ipynb #e08c5ab8
+# %% ../nbs/18_pipeline.ipynb #ce6b62f1
 def _locked(path: Path):
     "The file at a path, opened and locked; RunError where it is held."
     while True:
@@ -286,7 +286,7 @@ def _locked(path: Path):
             return file
         file.close()
 
-# %% ../nbs/18_pipeline.ipynb #5af4ae25
+# %% ../nbs/18_pipeline.ipynb #52dd4418
 class Claim:
     "The place of a report, held by this process."
 
@@ -310,7 +310,7 @@ class Claim:
             self.path.unlink(missing_ok=True)
             self.file.close()
 
-# %% ../nbs/18_pipeline.ipynb #e3fd1f8a
+# %% ../nbs/18_pipeline.ipynb #9ff908a7
 def claim_free(
     report: Path,  # the first choice
 ) -> Claim:  # of it, or of the same name with -2, -3, ...
@@ -329,7 +329,7 @@ def claim_free(
             claim.release()
     raise RunError(f"{report.parent} holds {report.name} a thousand times", IO)
 
-# %% ../nbs/18_pipeline.ipynb #1de31a44
+# %% ../nbs/18_pipeline.ipynb #36d4303e
 _STOCK = {"-h", "--help", "--version", "--help-notebook", "--prepare-only"}
 
 def _ours(argv: list[str]) -> tuple[Path, Any, list] | None:
@@ -346,7 +346,7 @@ def _ours(argv: list[str]) -> tuple[Path, Any, list] | None:
         return None
     return (Path(positionals[0]), nb, options) if opt_in(nb) else None
 
-# %% ../nbs/18_pipeline.ipynb #343611ce
+# %% ../nbs/18_pipeline.ipynb #4e6afea1
 _claims: dict[Path, Claim] = {}  # of this process, by report
 
 def complete_command(
@@ -376,7 +376,7 @@ def _unformatted(path: str) -> str:
     "A path that papermill's formatting leaves as it is."
     return path.replace("{", "{{").replace("}", "}}")
 
-# %% ../nbs/18_pipeline.ipynb #a8d36ebb
+# %% ../nbs/18_pipeline.ipynb #d93d13d0
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|API_?KEY|(^|_)(KEY|AUTH|PAT|PWD)(_|$)", re.I)
 _SECRET_FORM = re.compile(r"\b(hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})\b")
@@ -389,7 +389,7 @@ def _secrets() -> list[str]:
     values = {v for v in named if len(v) >= 6 and v not in ("enabled", "disabled") and not os.path.exists(v)}
     return sorted(values | {urllib.parse.quote(v, safe="") for v in values}, key=len, reverse=True)
 
-# %% ../nbs/18_pipeline.ipynb #2f1d9d69
+# %% ../nbs/18_pipeline.ipynb #dce8a206
 def redact(
     text: str,  # anything that is to be published
     root: Path | None = None,  # the project's folder; None: the working directory
@@ -405,7 +405,7 @@ def redact(
                 text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", short, text)
     return text
 
-# %% ../nbs/18_pipeline.ipynb #ca8f7b72
+# %% ../nbs/18_pipeline.ipynb #865158e4
 def redact_all(
     value: Any,  # a notebook, or any part of one
     root: Path | None = None,
@@ -420,7 +420,7 @@ def redact_all(
         return type(value)({k: v if k in pictures else redact_all(v, root) for k, v in value.items()})
     return value
 
-# %% ../nbs/18_pipeline.ipynb #053dbf21
+# %% ../nbs/18_pipeline.ipynb #f0c8cd1c
 RESULT_MIME = "application/vnd.hybrid-nb+json"
 _SCHEMA = {"pipeline": str, "subject": str, "verdict": str, "headline": dict}
 _VERDICTS = ("PASS", "FAIL", "INCONCLUSIVE")
@@ -441,14 +441,14 @@ def result_problem(
             return f"the result's headline {key} is {value!r}, neither a finite number nor text"
     return None
 
-# %% ../nbs/18_pipeline.ipynb #2d42c0a8
+# %% ../nbs/18_pipeline.ipynb #90d68e5d
 def _number_text(value: Any) -> str:
     "A value as it is read: four digits, thousands apart."
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
-# %% ../nbs/18_pipeline.ipynb #2702912d
+# %% ../nbs/18_pipeline.ipynb #79356fec
 class Result:
     "What a pipeline found; shown by its last cell."
 
@@ -471,7 +471,7 @@ class Result:
         line = f"{self.data['pipeline']} {self.data['subject']}: {self.data['verdict']}"
         return {RESULT_MIME: self.data, "text/markdown": f"**{line}**  \n{numbers}", "text/plain": f"{line}; {numbers}"}
 
-# %% ../nbs/18_pipeline.ipynb #0856b9d5
+# %% ../nbs/18_pipeline.ipynb #51a4c4da
 def code_cells(nb) -> list:
     "The cells of a notebook that a kernel executes."
     return [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
@@ -487,7 +487,7 @@ def run_info(result: Any) -> dict[str, Any]:
     info = bundle.get("info") if isinstance(bundle, dict) else None
     return info if isinstance(info, dict) else {}
 
-# %% ../nbs/18_pipeline.ipynb #35a733e6
+# %% ../nbs/18_pipeline.ipynb #fe3cacfc
 def report_problem(
     nb,  # executed notebook
 ) -> str | None:  # None: it may be published
@@ -505,7 +505,7 @@ def report_problem(
         return "the run was stopped; the same command continues it"
     return result_problem(result)
 
-# %% ../nbs/18_pipeline.ipynb #011dbed6
+# %% ../nbs/18_pipeline.ipynb #0d3a7c30
 def notebook_text(
     nb,
 ) -> str:
@@ -519,7 +519,7 @@ def notebook_text(
     json.loads(text, parse_constant=refuse)
     return text
 
-# %% ../nbs/18_pipeline.ipynb #d49acf17
+# %% ../nbs/18_pipeline.ipynb #a7e9c6ae
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --dim: #59636e; --line: #d1d9e0; --wash: #f6f8fa;
   --link: #0969da; --word: #8250df; --text: #0a3069; --number: #0550ae; --bad: #b42318; --good: #1a7f37; }
@@ -527,7 +527,8 @@ _CSS = """
   --wash: #151b23; --link: #6cb6ff; --word: #d2a8ff; --text: #a5d6ff; --number: #79c0ff; --bad: #ff7b72;
   --good: #56d364; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, "Liberation Sans", sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink); 
+  font: 16px/1.6 system-ui, "Liberation Sans", sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word; }
 h1 { font-size: 1.9rem; line-height: 1.25; }
 h2 { margin-top: 2.2rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
@@ -558,7 +559,7 @@ img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 @media print { body { font-size: 11px; } details { display: none; } }
 """
 
-# %% ../nbs/18_pipeline.ipynb #9c6e6784
+# %% ../nbs/18_pipeline.ipynb #1b895f39
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -583,10 +584,11 @@ def page(
     "A complete HTML page that needs no other file."
     return _PAGE.format(title=html.escape(title), css=_CSS, body=body)
 
-# %% ../nbs/18_pipeline.ipynb #03feda21
+# %% ../nbs/18_pipeline.ipynb #cd35b82d
 _TAGS = set(
     "a b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i "
-    "img kbd li mark ol p pre s samp small span strong sub summary sup table tbody td tfoot th thead tr u ul var".split())
+    "img kbd li mark ol p pre s samp small span strong sub summary sup table tbody td tfoot th thead tr u ul "
+    "var".split())
 _ATTRIBUTES = {"*": {"class", "id", "title"}, "a": {"href"}, "img": {"src", "alt", "width", "height"},
                "td": {"colspan", "rowspan", "style"}, "th": {"colspan", "rowspan", "scope", "style"}}
 _VALUES = {"href": r"#[\w.:%-]*", "style": r"text-align:\s*(left|right|center);?",
@@ -606,7 +608,7 @@ def harmless(
     return nh3.clean(text, tags=_TAGS, attributes=_ATTRIBUTES, attribute_filter=_allow, url_schemes={"data"},
                      link_rel=None, clean_content_tags=drop)
 
-# %% ../nbs/18_pipeline.ipynb #f68e98d7
+# %% ../nbs/18_pipeline.ipynb #5bd98fdb
 _TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
 {% block input %}<details><summary>code</summary>{{ super() }}</details>{% endblock %}"""
 
@@ -633,7 +635,7 @@ def notebook_title(
     found = (re.search(r"^#+\s+(.+)$", c.source, re.M) for c in nb.cells if c.cell_type == "markdown")
     return next((m[1].strip() for m in found if m), default)
 
-# %% ../nbs/18_pipeline.ipynb #88a607d1
+# %% ../nbs/18_pipeline.ipynb #549dde60
 def export_html(
     nb_path: Path,  # an executed notebook
 ) -> Path:  # the page beside it
@@ -648,7 +650,7 @@ def export_html(
         replace_file(target, page(notebook_title(nb, nb_path.stem), f"{links}\n{harmless(_body(nb))}").encode())
     return target
 
-# %% ../nbs/18_pipeline.ipynb #f47fd603
+# %% ../nbs/18_pipeline.ipynb #f9b850a2
 def _report_row(path: Path) -> dict[str, Any] | None:
     "What the index says of one notebook; None where it is neither a report nor a failed one."
     import nbformat
@@ -670,7 +672,7 @@ def read_reports(
     "The reports of a folder, in order of their names."
     return [row for path in sorted(Path(reports).glob("*.ipynb")) if (row := _report_row(path))]
 
-# %% ../nbs/18_pipeline.ipynb #f8d70fea
+# %% ../nbs/18_pipeline.ipynb #d4b2416e
 _COLUMNS = ("val_ppl", "floor_ppl", "tokens", "params")
 
 def _notes(row: dict[str, Any]) -> str:
@@ -691,7 +693,7 @@ def _index_row(row: dict[str, Any]) -> str:
     left = [f"<td>{c}</td>" for c in (name, text["pipeline"], text["subject"], verdict)]
     return "".join(["<tr>", *left, *numbers, f"<td>{html.escape(_notes(row))}</td><td>{link}</td></tr>"])
 
-# %% ../nbs/18_pipeline.ipynb #d3af0776
+# %% ../nbs/18_pipeline.ipynb #31caa8ca
 def write_index(
     reports: str | Path,  # folder
 ) -> Path:
@@ -705,12 +707,13 @@ def write_index(
         replace_file(target, page("Reports", f"<h1>Reports</h1>\n{table}").encode())
     return target
 
-# %% ../nbs/18_pipeline.ipynb #f6379ee4
+# %% ../nbs/18_pipeline.ipynb #03757d03
 def results_table(
     reports: str | Path,  # folder, as links should name it
 ) -> str:  # Markdown
     "The reports of a folder as a table of results."
-    lines = ["| report | verdict | val PPL | floor PPL | tokens | params | | commit |", "|---|---|---:|---:|---:|---:|---|---|"]
+    lines = ["| report | verdict | val PPL | floor PPL | tokens | params | | commit |",
+             "|---|---|---:|---:|---:|---:|---|---|"]
     for row in read_reports(reports):
         if row["verdict"] != "FAILED":
             page = row["path"].with_suffix(".html")
@@ -720,7 +723,7 @@ def results_table(
             lines.append(f"| {' | '.join([*cells, str(row.get('commit') or '')[:7]])} |")
     return "\n".join(lines)
 
-# %% ../nbs/18_pipeline.ipynb #8f851ee1
+# %% ../nbs/18_pipeline.ipynb #9bde8deb
 @contextlib.contextmanager
 def private_transport():
     "Configuration of a kernel manager whose files and sockets lie in a folder of their own."
@@ -736,7 +739,7 @@ def private_transport():
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/18_pipeline.ipynb #d975e36b
+# %% ../nbs/18_pipeline.ipynb #7e585560
 def _settled(line: str) -> str:
     "What is left to see of a line with carriage returns."
     return line.rstrip("\r").rpartition("\r")[2]
@@ -777,7 +780,7 @@ class Echo:
             self.write("\n")
         self.flush()
 
-# %% ../nbs/18_pipeline.ipynb #a9f543d0
+# %% ../nbs/18_pipeline.ipynb #cda74e1b
 def merge_streams(
     outputs: list,  # of a cell
 ) -> list:
@@ -794,7 +797,7 @@ def merge_streams(
             output.text = "\n".join(map(_settled, output.text.split("\n")))
     return merged
 
-# %% ../nbs/18_pipeline.ipynb #8619ecb2
+# %% ../nbs/18_pipeline.ipynb #cde2984e
 class Interrupts:
     "While entered, passes this process's signals on to a kernel."
 
@@ -841,7 +844,7 @@ class Interrupts:
                 os.killpg(os.getpgid(pid), number)
         return bool(pid)
 
-# %% ../nbs/18_pipeline.ipynb #139e6b9d
+# %% ../nbs/18_pipeline.ipynb #6f6f2553
 _ASK = "(lambda e: int(getattr(e, 'exit_code', 74 if isinstance(e, OSError) else 1)))(__import__('sys').last_value)"
 
 async def _ask_exit_code(client) -> int:
@@ -854,7 +857,7 @@ async def _ask_exit_code(client) -> int:
             return int(answer["data"]["text/plain"])
     return 1
 
-# %% ../nbs/18_pipeline.ipynb #c851ad37
+# %% ../nbs/18_pipeline.ipynb #d4e4b54f
 @dataclass
 class Outcome:
     "How an execution ended."
@@ -871,7 +874,7 @@ def _error_outcome(ename: str, evalue: str, code: int, place: str) -> Outcome:
     told = _line(evalue) if code != 1 and _line(evalue) else f"{ename}: {_line(evalue)}"
     return Outcome(f"{told} ({place})", code)
 
-# %% ../nbs/18_pipeline.ipynb #909cc2ff
+# %% ../nbs/18_pipeline.ipynb #4da2a422
 _KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 
 def _place(nb, cell) -> str:
@@ -890,7 +893,7 @@ def _quiet(logger):
     finally:
         logger.removeFilter(keep)
 
-# %% ../nbs/18_pipeline.ipynb #74da7054
+# %% ../nbs/18_pipeline.ipynb #9143a3b9
 def _execute_cells(nb, client) -> Outcome:
     "Runs the cells until the end or the first error."
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -915,10 +918,11 @@ def _execute_cells(nb, client) -> Outcome:
         except RuntimeError as error:
             outcome = Outcome(f"the kernel did not start: {_line(error)}", 1)
     if interrupts.name and (outcome.problem or interrupts.delivered):
-        return Outcome(f"{interrupts.name}: {outcome.problem or 'stopped'}; the same command continues the run", STOPPED)
+        problem = outcome.problem or "stopped"
+        return Outcome(f"{interrupts.name}: {problem}; the same command continues the run", STOPPED)
     return outcome
 
-# %% ../nbs/18_pipeline.ipynb #52106a6e
+# %% ../nbs/18_pipeline.ipynb #55f43037
 def execute(
     nb,  # prepared by papermill; its cells receive the outputs
     kernel_name: str,
@@ -951,7 +955,7 @@ def execute(
         cell.outputs = merge_streams(cell.outputs)
     return outcome
 
-# %% ../nbs/18_pipeline.ipynb #85f1c614
+# %% ../nbs/18_pipeline.ipynb #87a5881f
 def _small(result: Any) -> Any:
     "A result for the metadata: no records, but whether the run was a trial."
     if not isinstance(result, dict):
@@ -973,7 +977,7 @@ def tidy(
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
     return nb
 
-# %% ../nbs/18_pipeline.ipynb #f278701d
+# %% ../nbs/18_pipeline.ipynb #c820adf9
 def _shown(path: Path) -> str:
     "A path as the user would type it."
     return min(os.path.relpath(path), str(path), key=len)
@@ -1011,7 +1015,7 @@ def publish(
     write_index(report.parent)
     return report
 
-# %% ../nbs/18_pipeline.ipynb #42c1bc2b
+# %% ../nbs/18_pipeline.ipynb #c40ba12b
 class Published:
     "papermill's reader and writer for one path that holds a published report."
 
@@ -1035,7 +1039,7 @@ class Published:
         "The path as it is."
         return path
 
-# %% ../nbs/18_pipeline.ipynb #8b1e9073
+# %% ../nbs/18_pipeline.ipynb #3253b6f9
 def _local_report(output_path: str | None) -> Path | None:
     "Where a report goes; None for stdout and for addresses, which papermill serves."
     from papermill.iorw import papermill_io
@@ -1056,7 +1060,7 @@ def _inject(nb, kernel_name: str, parameters: dict[str, Any]):
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.source = translate_parameters(kernel_name, nb_language(nb), parameters, "Parameters").strip()
 
-# %% ../nbs/18_pipeline.ipynb #9ba01c58
+# %% ../nbs/18_pipeline.ipynb #807b3d2a
 _PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill's --inject-paths
 
 def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
@@ -1082,7 +1086,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
     print(f"report  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}", flush=True)
     return nb
 
-# %% ../nbs/18_pipeline.ipynb #dcf1ae8d
+# %% ../nbs/18_pipeline.ipynb #8e5ab5a9
 def _leave(error: BaseException, program: str):
     "Ends the process with one line."
     print(f"{program}: {redact(_line(error))}", file=sys.stderr)
@@ -1115,7 +1119,7 @@ class HybridEngine:
                 raise
             _leave(error, "papermill")
 
-# %% ../nbs/18_pipeline.ipynb #3e619f9b
+# %% ../nbs/18_pipeline.ipynb #16c3508a
 def _plug_in():
     "Completes papermill's command line before papermill reads it."
     if papermill_command(sys.argv, sys.orig_argv):
@@ -1126,7 +1130,7 @@ def _plug_in():
 
 _plug_in()
 
-# %% ../nbs/18_pipeline.ipynb #a055bb3f
+# %% ../nbs/18_pipeline.ipynb #879bdec0
 def find_pipeline(
     name: str,  # of a pipeline, or the path of a notebook
 ) -> Path:
@@ -1140,7 +1144,7 @@ def find_pipeline(
         raise ConfigError(f"no pipeline {name!r}{closest(name, found)}; there are {', '.join(found) or 'none'}")
     return found[name]
 
-# %% ../nbs/18_pipeline.ipynb #72e13cf3
+# %% ../nbs/18_pipeline.ipynb #6642cd74
 def run_pipeline(
     name_or_path: str | Path,  # of a pipeline
     parameters: dict[str, Any] | None = None,  # name: value, of any type that can be cast
@@ -1161,10 +1165,11 @@ def run_pipeline(
     from papermill.engines import papermill_engines
 
     papermill_engines.register("hybrid_nb", HybridEngine)
-    papermill.execute_notebook(str(path), _unformatted(str(report)), given, engine_name="hybrid_nb", progress_bar=progress_bar)
+    where = _unformatted(str(report))
+    papermill.execute_notebook(str(path), where, given, engine_name="hybrid_nb", progress_bar=progress_bar)
     return report
 
-# %% ../nbs/18_pipeline.ipynb #21d19657
+# %% ../nbs/18_pipeline.ipynb #b2d3442a
 def _columns(
     rows: list[dict[str, Any]],  # with the same keys
 ) -> str:
@@ -1175,7 +1180,7 @@ def _columns(
     lines = ([side(c, w) for c, w, side in zip(line, widths, sides, strict=True)] for line in cells)
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
-# %% ../nbs/18_pipeline.ipynb #4ebf8dae
+# %% ../nbs/18_pipeline.ipynb #9d354ee4
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="""Re-runnable research on language-model architecture.
@@ -1187,7 +1192,7 @@ hnb plan large -p steps 1000       what a run will cost, before it
 hnb doctor                         what is installed, and what this machine can do
 """)
 
-# %% ../nbs/18_pipeline.ipynb #3209de1f
+# %% ../nbs/18_pipeline.ipynb #b2b393a3
 _ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def _words(ctx: typer.Context, what: str) -> tuple[str, dict[str, Any]]:
@@ -1198,7 +1203,7 @@ def _words(ctx: typer.Context, what: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"write: hnb {ctx.info_name} {what} [-p PARAMETER VALUE]...; this was {typed!r}")
     return positionals[0], given_parameters(options)
 
-# %% ../nbs/18_pipeline.ipynb #06931dca
+# %% ../nbs/18_pipeline.ipynb #6d2e6986
 @app.command(context_settings=_ANY, options_metavar="PIPELINE [-p PARAMETER VALUE]... [--output PATH]")
 def run(
     ctx: typer.Context,
@@ -1216,7 +1221,7 @@ hnb run train -f pipelines/params/tinystories.yaml
     name, parameters = _words(ctx, "PIPELINE")
     run_pipeline(name, parameters, output)
 
-# %% ../nbs/18_pipeline.ipynb #8ffca854
+# %% ../nbs/18_pipeline.ipynb #68b4908e
 def preset_rows() -> list[dict[str, Any]]:
     "Shape, size and schedule of each preset."
     from hybrid_nb.account import count_params
@@ -1240,7 +1245,7 @@ Any of them, or the path of a YAML file, is what MODEL stands for elsewhere.
 """
     print(_columns(preset_rows()))
 
-# %% ../nbs/18_pipeline.ipynb #a97a421e
+# %% ../nbs/18_pipeline.ipynb #4fa780ed
 def _duration(seconds: float) -> str:
     "A duration with one unit."
     for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
@@ -1248,7 +1253,7 @@ def _duration(seconds: float) -> str:
             return f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.0f} seconds"
 
-# %% ../nbs/18_pipeline.ipynb #cbf16fe1
+# %% ../nbs/18_pipeline.ipynb #5cd45888
 def _cost_row(name: str, config, rate: float) -> dict[str, Any]:
     "What a configuration costs, as a row."
     from hybrid_nb.account import GIB, count_params, flops_per_token, run_seconds, run_tokens, total_memory
@@ -1268,12 +1273,13 @@ def plan_text(
 
     rows = [_cost_row("this run", plan.config, rate)]
     rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []
-    gpus = [row | {"hours": round(row["hours"], 1), "fits": "yes" if row["fits"] else "no"} for row in plan_rows(plan.whole)]
-    note = f"time here: {ASSUMED_MFU:.0%} of {rate / 1e9:,.0f} GFLOP/s, the rate of matrix products; evaluation not counted"
+    fits = {True: "yes", False: "no"}
+    gpus = [row | {"hours": round(row["hours"], 1), "fits": fits[row["fits"]]} for row in plan_rows(plan.whole)]
+    note = f"time here: {ASSUMED_MFU:.0%} of {rate / 1e9:,.0f} GFLOP/s in matrix products; evaluation is not counted"
     parts = [plan.trial, f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
     return "\n\n".join(part for part in parts if part)
 
-# %% ../nbs/18_pipeline.ipynb #bb615d95
+# %% ../nbs/18_pipeline.ipynb #4fb90e12
 def _rate_for(config, device: str | None) -> float:
     "The measured rate of matrix products of the precision that a run would take here, FLOP/s."
     import torch
@@ -1299,7 +1305,7 @@ hnb plan base -p steps 1000 -p full true
     wanted = plan_run(model, **parameters)
     print(plan_text(wanted, _rate_for(wanted.config, parameters.get("device"))))
 
-# %% ../nbs/18_pipeline.ipynb #f4f49b04
+# %% ../nbs/18_pipeline.ipynb #77800d3d
 def _torch_rows() -> list[tuple[str, str]]:
     "Devices, and the measured rates of their matrix products."
     import torch
@@ -1319,7 +1325,7 @@ def _torch_rows() -> list[tuple[str, str]]:
                               f"bfloat16 {rate(torch.bfloat16, f'cuda:{i}')}")]
     return rows if torch.cuda.device_count() else [*rows, ("GPU", "none: runs take the CPU")]
 
-# %% ../nbs/18_pipeline.ipynb #6f12d077
+# %% ../nbs/18_pipeline.ipynb #972bedfe
 def doctor_rows() -> list[tuple[str, str]]:
     "What is installed, and what this machine can do."
     from importlib import metadata
@@ -1349,7 +1355,7 @@ def doctor():
     """Say what is installed and what this machine can do; rates are measured."""
     print(_columns([{"what": name, "found": value} for name, value in doctor_rows()]))
 
-# %% ../nbs/18_pipeline.ipynb #48e814b8
+# %% ../nbs/18_pipeline.ipynb #9c77bf37
 def sample_run(
     path: Path,  # of a run folder
     **options: Any,  # prompt, tokens, temperature, top_k, seed: see evaluate.sample_text
@@ -1370,8 +1376,9 @@ def sample_run(
     for note in skipped:
         print(f"passed over: {note}", file=sys.stderr)
     kept, cache = run.path / "model" / "tokenizer.json", run.path.parent / "cache"
-    prepared = kept if kept.is_file() else prepare(config.data, config.model.vocab_size, config.train.seq_len, cache).folder
-    tokenizer = load_tokenizer(prepared)
+    if not kept.is_file():
+        kept = prepare(config.data, config.model.vocab_size, config.train.seq_len, cache).folder
+    tokenizer = load_tokenizer(kept)
     end = tokenizer.token_to_id(END)
     model = make_decoder(config.model, bos_token_id=end, eos_token_id=end)
     with torch.no_grad():
@@ -1379,7 +1386,7 @@ def sample_run(
             weight.copy_(found.groups["model"][name])
     return sample_text(model, tokenizer, **options)
 
-# %% ../nbs/18_pipeline.ipynb #8a70db7c
+# %% ../nbs/18_pipeline.ipynb #539ef933
 @app.command()
 def sample(
     run: Annotated[str, typer.Argument(help="A run's name in runs/, or its folder.")],
@@ -1397,7 +1404,7 @@ hnb sample train-smoke-s0-1a2b3c --prompt "Once" --tokens 50
     path = Path(run) if (Path(run) / "run.json").is_file() else checkout() / "runs" / run
     print(prompt + sample_run(path, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
 
-# %% ../nbs/18_pipeline.ipynb #aaa8351a
+# %% ../nbs/18_pipeline.ipynb #1d76191e
 def read_result(
     report: str | Path,  # a published notebook
 ) -> dict[str, Any]:
@@ -1419,14 +1426,14 @@ def read_result(
         raise RunError(f"{path} stores no run to verify: its result has no bundle and results", BAD_DATA)
     return result
 
-# %% ../nbs/18_pipeline.ipynb #71eb4ac4
+# %% ../nbs/18_pipeline.ipynb #54769334
 def _in_order(table: list[list[str]] | None) -> list[list[str]]:
     "A table of a head and rows, its columns and rows in order of their text."
     columns = sorted(map(list, zip(*(table or []), strict=True)))
     head, *rows = zip(*columns, strict=True) if columns else [()]
     return [list(head), *sorted(map(list, rows))]
 
-# %% ../nbs/18_pipeline.ipynb #7b54fdfe
+# %% ../nbs/18_pipeline.ipynb #4efc5d7e
 def verify_quick(
     report: str | Path,
 ) -> str:  # one line; RunError where something differs
@@ -1439,12 +1446,12 @@ def verify_quick(
     pairs = {name: (then.get(name), now.get(name)) for name in now | then if name != "tables"}
     pairs |= {f"table {name}": pair for name, pair in tables.items()}
     pairs |= {f"shown {k}": (result[k], now[n]) for k, n in (("verdict", "verdict"), ("headline", "summary"))}
-    for name, (old, new) in sorted(pairs.items()):
-        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
-            raise RunError(f"{report}: {name} is not what the stored records give", BAD_DATA)
+    wrong = [n for n, pair in pairs.items() if len({json.dumps(value, sort_keys=True) for value in pair}) > 1]
+    if wrong:
+        raise RunError(f"{report}: not what the stored records give: {', '.join(sorted(wrong))}", BAD_DATA)
     return f"{len(tables)} tables, headline and verdict are made again, equal byte for byte"
 
-# %% ../nbs/18_pipeline.ipynb #57790731
+# %% ../nbs/18_pipeline.ipynb #54c9ff2f
 LOSS_TOLERANCE = 1e-4  # nats
 
 def hardware_key(
@@ -1469,10 +1476,11 @@ def compare_runs(
     if not differ:
         raise RunError(f"same hardware, other weights: validation losses differ by {worst:.2e} nats", BAD_DATA)
     if worst > LOSS_TOLERANCE:
-        raise RunError(f"validation losses differ by {worst:.2e} nats, more than {LOSS_TOLERANCE:g} (other {differ})", BAD_DATA)
+        told = f"validation losses differ by {worst:.2e} nats, more than {LOSS_TOLERANCE:g}"
+        raise RunError(f"{told} (other {differ})", BAD_DATA)
     return f"validation losses agree within {worst:.1e} nats (other {differ}, so weights are not compared)"
 
-# %% ../nbs/18_pipeline.ipynb #f82a0775
+# %% ../nbs/18_pipeline.ipynb #5c82a406
 def verify_replay(
     report: str | Path,
 ) -> str:  # one line; RunError where the replay differs
@@ -1498,7 +1506,7 @@ def _show_step(folder: Path):
     if sys.stderr.isatty():
         print(f"\rstep {load_run(folder).records()[-1]['step']}", end="\r", file=sys.stderr, flush=True)
 
-# %% ../nbs/18_pipeline.ipynb #9ce97042
+# %% ../nbs/18_pipeline.ipynb #988fd081
 @app.command()
 def verify(
     report: Annotated[str, typer.Argument(help="An executed notebook in reports/.")],
@@ -1515,7 +1523,7 @@ hnb verify reports/train-smoke-0a1b2c.ipynb --replay
         if wanted:
             print(check(report))
 
-# %% ../nbs/18_pipeline.ipynb #833f11c5
+# %% ../nbs/18_pipeline.ipynb #6b325f81
 def main():
     "The `hnb` command."
     try:

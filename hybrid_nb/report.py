@@ -8,7 +8,7 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'MONITORS', 'DECISIVE', 'S
            'Picture', 'draw_curves', 'plot_curves', 'Alarm', 'alarms', 'alarm_table', 'tolerance', 'verdict',
            'verdict_table', 'bundle', 'StoredRun', 'recompute', 'results', 'progress_line', 'LiveReport']
 
-# %% ../nbs/17_report.ipynb #1a3c5f8c
+# %% ../nbs/17_report.ipynb #b143d092
 import html
 import io
 import math
@@ -25,13 +25,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from .account import (GIB, GPUS, ParamRow, RunPlan, count_params, flops_per_token, mfu, param_rows, plan_rows,
-                               run_flops, run_tokens, total_memory)
+from hybrid_nb.account import (
+                               GIB,
+                               GPUS,
+                               ParamRow,
+                               RunPlan,
+                               count_params,
+                               flops_per_token,
+                               mfu,
+                               param_rows,
+                               plan_rows,
+                               run_flops,
+                               run_tokens,
+                               total_memory,
+)
 from .config import Config, asdict, from_dict
 from .runs import check_name, checkout, load_run, run_name
 from .train import lr_at
 
-# %% ../nbs/17_report.ipynb #274701af
+# %% ../nbs/17_report.ipynb #2f6f1f25
 def _text(value: Any, pattern: str | None) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -68,14 +80,14 @@ class Table:
         body = "".join(_row("td", row, self.sides) for row in self.cells)
         return f"<table>\n<thead>{_row('th', self.columns, self.sides)}</thead>\n<tbody>{body}</tbody>\n</table>"
 
-# %% ../nbs/17_report.ipynb #44a3d677
+# %% ../nbs/17_report.ipynb #48de6558
 def config_table(config: Config) -> Table:
     "Every field of a configuration, its three parts side by side."
     parts = [pd.DataFrame({part: fields.keys(), f"{part} value": map(str, fields.values())})
              for part, fields in asdict(config).items() if part != "name"]
     return Table(pd.concat(parts, axis=1).fillna(""))
 
-# %% ../nbs/17_report.ipynb #931fac4d
+# %% ../nbs/17_report.ipynb #e753f1be
 def parameter_table(config: Config) -> Table:
     "Trainable and frozen parameters by module."
     groups: dict[str, list[ParamRow]] = {}
@@ -90,25 +102,26 @@ def parameter_table(config: Config) -> Table:
                      "share": (trainable + frozen) / count_params(config).total})
     return Table(rows, {"layers": "{:.0f}", "trainable": "{:,}", "frozen": "{:,}", "share": "{:.1%}"})
 
-# %% ../nbs/17_report.ipynb #7b0be380
+# %% ../nbs/17_report.ipynb #25cad08b
 def plan_table(plan: RunPlan) -> Table:
     "Parameters, memory, FLOPs and tokens of a run, and of the whole schedule where the run is a trial."
     rows = []
     for name, config, device in (("this run", plan.config, plan.device), ("whole schedule", plan.whole, "cuda")):
         t, params = config.train, count_params(config)
-        rows.append({"": name, "trainable": f"{params.trainable:,}", "frozen": f"{params.frozen:,}",
-                     "steps": f"{t.steps:,}", "tokens a step": f"{t.batch_size * t.grad_accum * t.seq_len:,}",
-                     "tokens": f"{run_tokens(config):.3g}", "FLOPs a token": f"{flops_per_token(config).total:.3g}",
-                     "FLOPs": f"{run_flops(config):.2g}",
-                     "memory (GiB)": f"{total_memory(config, device_type=device) / GIB:.2f}"})
-    return Table(rows if plan.trial else rows[:1])
+        rows.append({"": name, "trainable": params.trainable, "frozen": params.frozen, "steps": t.steps,
+                     "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "tokens": run_tokens(config),
+                     "FLOPs a token": flops_per_token(config).total, "FLOPs": run_flops(config),
+                     "memory (GiB)": total_memory(config, device_type=device) / GIB})
+    formats = dict.fromkeys(("trainable", "frozen", "steps", "tokens a step", "tokens"), "{:,}")
+    formats |= {"FLOPs a token": "{:.3g}", "FLOPs": "{:.2g}", "memory (GiB)": "{:.2f}"}
+    return Table(rows if plan.trial else rows[:1], formats)
 
 def gpu_table(config: Config) -> Table:
     "Memory and time of the whole schedule on named GPUs."
     rows = [row | {"peak source": GPUS[row["device"]].source} for row in plan_rows(config)]
     return Table(rows, {"hours": "{:,.1f}"})
 
-# %% ../nbs/17_report.ipynb #b5353a5f
+# %% ../nbs/17_report.ipynb #1ac9876e
 def run_folder(
     plan: RunPlan,
     runs: str = "runs",  # folder of run folders
@@ -118,7 +131,7 @@ def run_folder(
     root = checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()
     return Path(os.path.relpath(root / runs / (check_name(plan.run) if plan.run else run_name(pipeline, plan.config))))
 
-# %% ../nbs/17_report.ipynb #c3f05e95
+# %% ../nbs/17_report.ipynb #3b246141
 def _round(value: Any) -> Any:
     "Six significant digits; what is not finite becomes None."
     if isinstance(value, dict):
@@ -127,7 +140,7 @@ def _round(value: Any) -> Any:
         return [_round(v) for v in value]
     return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
-# %% ../nbs/17_report.ipynb #d2e87e20
+# %% ../nbs/17_report.ipynb #396970c3
 def _flat(value: Any, name: str = "") -> dict[str, str]:
     "Nested dictionaries as one, names joined; hashes by their first 12 digits."
     if isinstance(value, dict):
@@ -144,7 +157,7 @@ def samples_table(run) -> Table:
     "Text that the model wrote as training went on."
     return Table([{n: r[n] for n in ("step", "prompt", "text")} for r in run.records("sample")], {"step": "{:,}"})
 
-# %% ../nbs/17_report.ipynb #d25fa1a4
+# %% ../nbs/17_report.ipynb #681f1fc8
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -153,7 +166,7 @@ def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
     points = [(r["step"], r[name]) for r in records if _finite(r.get(name))]
     return [s for s, _ in points], [v for _, v in points]
 
-# %% ../nbs/17_report.ipynb #19d51545
+# %% ../nbs/17_report.ipynb #1dfd1dd8
 def headline(run) -> dict[str, Any]:
     "The numbers of a run; None where a number is not known."
     info, data, resolved, params = run.info, run.info["data"], run.info["resolved"], count_params(run.config)
@@ -173,7 +186,7 @@ def headline(run) -> dict[str, Any]:
         "memory_gib": last["memory_gib"], "duration_s": info["duration_s"], "device": resolved["device_name"],
         "precision": resolved["precision"], "commit": info["git"]["commit"] and info["git"]["commit"][:12]})
 
-# %% ../nbs/17_report.ipynb #47de3e2e
+# %% ../nbs/17_report.ipynb #cd773bda
 class Picture:
     "A figure as PNG, with a text for who cannot see it."
 
@@ -189,7 +202,7 @@ class Picture:
     def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
         return {"image/png": self.png, "text/plain": self.text}, {"image/png": {"alt": self.text}}
 
-# %% ../nbs/17_report.ipynb #97b3de68
+# %% ../nbs/17_report.ipynb #58ad5e54
 BLUE, RED, GREY = "#0072b2", "#d55e00", "#595959"
 
 def _level(ax, value: float, text: str, side: str = "right"):
@@ -215,7 +228,7 @@ def _plot_ppl(ax, run):
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
 
-# %% ../nbs/17_report.ipynb #fbde9772
+# %% ../nbs/17_report.ipynb #ea16d2a8
 PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s", "memory_gib": "memory (GiB)"}
 LEVELS = {"grad_norm": {10.0: "normal below 10", 100.0: "alarm above 100"}}
 
@@ -247,7 +260,7 @@ def plot_curves(run) -> Picture:
     known = [f"{n} {found[n]:.4g}" for n in names if found[n] is not None]
     return Picture(draw_curves(run), ", ".join([f"{run.info['name']} at step {found['steps_done']}", *known]))
 
-# %% ../nbs/17_report.ipynb #de3e463b
+# %% ../nbs/17_report.ipynb #dc4cbed7
 class Alarm(NamedTuple):
     "What one monitor says of a run."
     monitor: str
@@ -263,7 +276,7 @@ def _worst(records: list[dict], value) -> tuple[float, int]:
     return max(((value(r, records[max(0, i - 10) : i]), r["step"]) for i, r in enumerate(records)),
                key=lambda pair: pair[0], default=(0.0, 0))
 
-# %% ../nbs/17_report.ipynb #bcae1a94
+# %% ../nbs/17_report.ipynb #600eb66f
 def _watch_loss(run) -> tuple[str, str]:
     train = run.records("train")
     broken = [r["step"] for r in run.records("event") if r["event"] == "nonfinite"]
@@ -284,7 +297,7 @@ def _watch_grad(run) -> tuple[str, str]:
     tail = f"; updates skipped by fp16 overflow: {skipped}" if skipped else ""
     return _state(norm, 10, 100), f"largest {norm:.3g}, at step {step:,}{tail}"
 
-# %% ../nbs/17_report.ipynb #3dd71a00
+# %% ../nbs/17_report.ipynb #b5bcfea9
 def _watch_rate(run) -> tuple[str, str]:
     rates = _series(run.records("train")[1:], "tokens_per_s")[1]
     if len(rates) < 3:
@@ -303,7 +316,7 @@ def _watch_memory(run) -> tuple[str, str]:
     growth = values[-1] / values[len(values) // 4] - 1
     return _state(growth, 0.1, 0.5), f"{values[-1]:.2f} GiB, {growth:+.1%}"
 
-# %% ../nbs/17_report.ipynb #33d58b69
+# %% ../nbs/17_report.ipynb #2a3a157a
 MONITORS = {
     "loss": (_watch_loss, "finite, no rise above 0.5 nats"),
     "learning rate": (_watch_lr, "as scheduled"),
@@ -323,7 +336,7 @@ def alarm_table(run) -> Table:
     "The monitors as a table."
     return Table([a._asdict() for a in alarms(run)])
 
-# %% ../nbs/17_report.ipynb #213560f2
+# %% ../nbs/17_report.ipynb #85f16437
 DECISIVE = ("loss", "learning rate", "gradient norm")  # monitors whose alarm fails a run
 
 def tolerance(run) -> float:
@@ -331,7 +344,7 @@ def tolerance(run) -> float:
     t, tokens = run.config.train, run.info["data"].get("valid_tokens") or 1
     return 6.0 / math.sqrt(min(tokens, t.eval_batches * t.batch_size * t.seq_len or tokens))
 
-# %% ../nbs/17_report.ipynb #1b9907d9
+# %% ../nbs/17_report.ipynb #335cc4db
 def _failures(run, found: dict) -> list[str]:
     "What fails a run, whatever it was meant to be."
     val, floor, noise = found["val_loss"], found["floor_nats"], tolerance(run)
@@ -350,7 +363,7 @@ def _open_questions(found: dict) -> list[str]:
     missing = [n for n in ("val_loss", "unigram_nats") if found[n] is None]
     return opens + [f"{name} is unknown" for name in missing]
 
-# %% ../nbs/17_report.ipynb #5ad4b4ad
+# %% ../nbs/17_report.ipynb #8b4f893d
 def verdict(run) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
     "Whether the model has learned, by the threshold that was fixed before."
     found = headline(run)
@@ -369,7 +382,7 @@ def verdict_table(run) -> Table:
     found = verdict(run)
     return Table([{"verdict": "" if i else found["verdict"], "because": why} for i, why in enumerate(found["because"])])
 
-# %% ../nbs/17_report.ipynb #16d5e896
+# %% ../nbs/17_report.ipynb #463614f1
 SCHEMA = 1  # of a bundle
 
 def bundle(run) -> dict[str, Any]:  # JSON-serialisable
@@ -394,7 +407,7 @@ class StoredRun:
         columns = self.columns[kind]
         return [{"kind": kind} | dict(zip(columns, r, strict=True)) for r in zip(*columns.values(), strict=True)]
 
-# %% ../nbs/17_report.ipynb #c8405284
+# %% ../nbs/17_report.ipynb #6cb2916d
 SUMMARY = ("val_ppl", "floor_ppl", "tokens", "params", "steps_done", "tokens_per_s", "mfu", "precision")
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
@@ -411,7 +424,7 @@ def results(run) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a run."
     return recompute(bundle(run))
 
-# %% ../nbs/17_report.ipynb #806fcf09
+# %% ../nbs/17_report.ipynb #634baf44
 def _clock(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
@@ -420,12 +433,13 @@ def progress_line(record: dict, steps: int) -> str:
     "A record of training or evaluation as a line of a terminal."
     head = f"step {record['step']:>{len(str(steps))}}/{steps}"
     if record["kind"] == "eval":
-        return f"{head}  validation loss {record['val_loss']:.4f}  ppl {record['val_ppl']:.4g}"
+        return f"{head}  loss {record['val_loss']:7.4f}  ppl {record['val_ppl']:<9.4g} of the validation text"
     left = record["elapsed_s"] / record["step"] * (steps - record["step"])
-    return (f"{head}  loss {record['loss']:.4f}  ppl {math.exp(min(record['loss'], 50)):.4g}  lr {record['lr']:.2e}  "
-            f"grad {record['grad_norm']:.3g}  {record['tokens_per_s']:,.0f} tokens/s  {_clock(left)} left")
+    norm = math.nan if record["grad_norm"] is None else record["grad_norm"]
+    return (f"{head}  loss {record['loss']:7.4f}  ppl {math.exp(min(record['loss'], 50)):<9.4g}  lr {record['lr']:.2e}  "
+            f"grad {norm:<5.3g}  {record['tokens_per_s']:>7,.0f} tokens/s  {_clock(left)} left")
 
-# %% ../nbs/17_report.ipynb #9e5c4594
+# %% ../nbs/17_report.ipynb #49bfe070
 class LiveReport:
     "Progress of a run as it trains: lines for a terminal, and one figure that is drawn anew in a notebook."
 
@@ -439,13 +453,13 @@ class LiveReport:
         "Shows what is new in a run folder."
         run = load_run(run_dir)
         records, steps = [r for r in run.records() if r["kind"] in ("train", "eval")], run.config.train.steps
+        if time.monotonic() >= self.due:
+            self.draw(run)
         for i in range(self.seen, len(records)):
             percent, before = (records[j]["step"] * 100 // steps for j in (i, max(i - 1, 0)))
             if i < 10 or percent > before or records[i]["kind"] == "eval":
                 print(progress_line(records[i], steps), flush=True)
         self.seen = len(records)
-        if time.monotonic() >= self.due:
-            self.draw(run)
 
     def draw(self, run):
         "Draws the curves, where there is a notebook to draw in."

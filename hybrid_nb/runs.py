@@ -9,7 +9,7 @@ __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'check_n
            'read_checkpoint', 'latest_checkpoint', 'checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run',
            'load_run', 'claim_folder']
 
-# %% ../nbs/13_runs.ipynb #9af4723a
+# %% ../nbs/13_runs.ipynb #02178a6e
 import fcntl
 import hashlib
 import json
@@ -29,7 +29,7 @@ from typing import Any
 import hybrid_nb
 from .config import Config, asdict, config_hash, from_dict
 
-# %% ../nbs/13_runs.ipynb #38650261
+# %% ../nbs/13_runs.ipynb #c9de8668
 USAGE, BAD_DATA, NUMERIC, IO, STOPPED = 64, 65, 70, 74, 75
 
 class RunError(ValueError):
@@ -39,7 +39,7 @@ class RunError(ValueError):
         super().__init__(message)
         self.exit_code = exit_code
 
-# %% ../nbs/13_runs.ipynb #47b350a6
+# %% ../nbs/13_runs.ipynb #12d0ef44
 def check_name(name: str) -> str:
     "The name, if it is one plain lower-case word that can name a folder."
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
@@ -51,7 +51,7 @@ def run_name(pipeline: str, config: Config) -> str:
     stem = re.sub(r"[^a-z0-9._-]+", "-", config.name.lower())
     return check_name(f"{pipeline}-{stem}-s{config.train.seed}-{config_hash(config)[:6]}")
 
-# %% ../nbs/13_runs.ipynb #9e8a13b0
+# %% ../nbs/13_runs.ipynb #564ad2fd
 def fsync_dir(path: Path):
     "Make the folder's entries durable."
     fd = os.open(path, os.O_RDONLY)
@@ -80,7 +80,7 @@ def write_json(path: Path, value: Any):
     "Replace a JSON file at once."
     replace_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
-# %% ../nbs/13_runs.ipynb #166c7961
+# %% ../nbs/13_runs.ipynb #80534d61
 @contextmanager
 def io_errors(what: str) -> Iterator[None]:
     "Turn the operating system's refusal into one line that says what could not be done."
@@ -107,7 +107,7 @@ def check_space(folder: Path, need: int):  # bytes
     if free < need:
         raise RunError(f"{folder} has {free / 2**30:.2f} GiB free; a run needs {need / 2**30:.2f} GiB (three checkpoints)", IO)
 
-# %% ../nbs/13_runs.ipynb #fca28be2
+# %% ../nbs/13_runs.ipynb #28dde655
 _held = set()
 os.register_at_fork(after_in_child=lambda: [f.close() for f in _held])
 
@@ -129,7 +129,7 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             _held.discard(f)
 
-# %% ../nbs/13_runs.ipynb #e52a5308
+# %% ../nbs/13_runs.ipynb #6b4401bd
 def append_record(folder: Path, kind: str, step: int, **values):
     "Add one record to a run's metrics."
     with open(folder / "metrics.jsonl", "a") as f:
@@ -158,7 +158,7 @@ def forget_after(folder: Path, step: int):
     for path in (*late, *folder.glob(".tmp-*"), *(folder / "checkpoints").glob(".tmp-*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/13_runs.ipynb #93df17b6
+# %% ../nbs/13_runs.ipynb #28803e21
 def sha256_file(path: Path) -> str:
     "SHA-256 of a file's bytes."
     with open(path, "rb") as f:
@@ -178,7 +178,7 @@ def tensor_hash(tensors: dict) -> str:
 def _manifest_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/13_runs.ipynb #4ad34d29
+# %% ../nbs/13_runs.ipynb #836a8ce3
 def save_checkpoint(
     folder: Path,  # of the run
     step: int,
@@ -220,7 +220,7 @@ def save_checkpoint(
             shutil.rmtree(doomed)
     return final
 
-# %% ../nbs/13_runs.ipynb #433112c2
+# %% ../nbs/13_runs.ipynb #e5ca4441
 @dataclass
 class Checkpoint:
     "What a checkpoint folder holds."
@@ -264,7 +264,7 @@ def latest_checkpoint(
         raise RunError(f"no checkpoint of {folder} can be read; the newest: {skipped[0]}", BAD_DATA)
     return None, []
 
-# %% ../nbs/13_runs.ipynb #00813f9c
+# %% ../nbs/13_runs.ipynb #347a715f
 def checkout() -> Path:
     "The folder that holds the package: the repository's root, where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
@@ -299,7 +299,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "isa": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}), "system": platform.system()}
 
-# %% ../nbs/13_runs.ipynb #efca6906
+# %% ../nbs/13_runs.ipynb #de075c90
 @dataclass
 class Run:
     "A run folder, read."
@@ -321,7 +321,7 @@ def load_run(path: str | Path) -> Run:
     info = json.loads((path / "run.json").read_text())
     return Run(path, info, from_dict(info["config"]))
 
-# %% ../nbs/13_runs.ipynb #9ca945df
+# %% ../nbs/13_runs.ipynb #7cb8c0d0
 def claim_folder(folder: Path, config: Config):
     "Make a run folder for a configuration, or check that it is this configuration's."
     path = folder / "config.json"

@@ -7,7 +7,7 @@ __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'lr_at', 'parameter_g
            'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world', 'stop_requests', 'ignore_signals', 'update',
            'memory_gib', 'start_info', 'Progress', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #5954a4a2
+# %% ../nbs/15_train.ipynb #7251c5c4
 import argparse
 import hashlib
 import json
@@ -37,11 +37,32 @@ from .data import END, TokenData, batch_hash, load_tokenizer, loader, prepare
 from .decoder import checkpoint_activations, learned_state, make_decoder
 from .evaluate import evaluate, sample_text
 from .orthogonal import seeded_weights
-from .runs import (BAD_DATA, IO, NUMERIC, STOPPED, Run, RunError, append_record, check_name, check_space, claim_folder,
-                            code_state, forget_after, io_errors, latest_checkpoint, load_run, lock_hash, locked, machine,
-                            save_checkpoint, tensor_hash, versions, write_json)
+from hybrid_nb.runs import (
+                            BAD_DATA,
+                            IO,
+                            NUMERIC,
+                            STOPPED,
+                            Run,
+                            RunError,
+                            append_record,
+                            check_name,
+                            check_space,
+                            claim_folder,
+                            code_state,
+                            forget_after,
+                            io_errors,
+                            latest_checkpoint,
+                            load_run,
+                            lock_hash,
+                            locked,
+                            machine,
+                            save_checkpoint,
+                            tensor_hash,
+                            versions,
+                            write_json,
+)
 
-# %% ../nbs/15_train.ipynb #600b211d
+# %% ../nbs/15_train.ipynb #9f59d27f
 def lr_at(
     config: TrainConfig,
     step: int,  # updates done before this one
@@ -57,7 +78,7 @@ def lr_at(
     }[config.schedule]()
     return config.lr * share * min(1.0, (s + 1) / max(config.warmup_steps, 1))
 
-# %% ../nbs/15_train.ipynb #4a8358ca
+# %% ../nbs/15_train.ipynb #4c6ad407
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     "The documents' two groups: matrices with weight decay, biases and norms without."
     params = [p for p in model.parameters() if p.requires_grad]
@@ -68,7 +89,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     "AdamW over the two groups, in PyTorch's fused form."
     return torch.optim.AdamW(parameter_groups(model, config.weight_decay), config.lr, config.betas, config.eps, fused=True)
 
-# %% ../nbs/15_train.ipynb #3938eb35
+# %% ../nbs/15_train.ipynb #8d6f466b
 @contextmanager
 def fast_float32(device_type: str) -> Iterator[None]:
     "On a CPU, float32 products by oneDNN where their error stays float32's; elsewhere nothing changes."
@@ -105,7 +126,7 @@ def matmul_rate(
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
-# %% ../nbs/15_train.ipynb #41c78d44
+# %% ../nbs/15_train.ipynb #d8ccc290
 COMPILE_PAYS_FROM = 600  # seconds of estimated training on a CPU; compiling takes about one minute on two cores
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -136,7 +157,7 @@ def resolve(config: Config, device: torch.device) -> Resolved:
         raise RunError("compile='yes' needs a C++ compiler, and there is no g++; compile='no' does without")
     return Resolved(device.type, name, precision, compiled, "sdpa" if cuda else "blocks", torch.get_num_threads(), rates[precision])
 
-# %% ../nbs/15_train.ipynb #422dec51
+# %% ../nbs/15_train.ipynb #775764b0
 @dataclass(frozen=True)
 class World:
     "This process among the others."
@@ -160,7 +181,7 @@ def join_world(device: str | None = None) -> tuple[World, torch.device]:
     rank = dist.get_rank() if size > 1 else 0
     return World(rank, size), torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
-# %% ../nbs/15_train.ipynb #82bc42c0
+# %% ../nbs/15_train.ipynb #44414f1f
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], str]]:
     "Catch SIGTERM and SIGINT; the yielded function tells the signal that came, or ''."
@@ -186,7 +207,7 @@ def ignore_signals(worker: int):
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, signal.SIG_IGN)
 
-# %% ../nbs/15_train.ipynb #e25f4e28
+# %% ../nbs/15_train.ipynb #0a46b972
 def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     "Everything of model and optimizer that a step changes, as named tensors."
     seen, weights = set(), {}
@@ -214,7 +235,7 @@ def _unpack(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: t
     if "cuda" in groups["generators"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(groups["generators"]["cuda"])
 
-# %% ../nbs/15_train.ipynb #d53acffe
+# %% ../nbs/15_train.ipynb #4a8265ab
 MAX_OVERFLOWS = 20  # in a row; then the scale has vanished and training has failed
 
 def _noise_seed(seed: int, step: int, rank: int, micro: int) -> int:
@@ -257,7 +278,7 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     return total, norm, overflow
 
-# %% ../nbs/15_train.ipynb #68b2b57d
+# %% ../nbs/15_train.ipynb #0c4ad912
 def memory_gib(device: torch.device) -> float:
     "Peak memory: of the device on a GPU, of the process on a CPU."
     if device.type == "cuda":
@@ -274,7 +295,7 @@ def start_info(config: Config, folder: Path, resolved: Resolved, world: World, d
             "matmul_flops": resolved.matmul_flops, "tokens_seen": 0, "trial": trial,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "duration_s": 0.0}
 
-# %% ../nbs/15_train.ipynb #5ec50edc
+# %% ../nbs/15_train.ipynb #5957b1bf
 @dataclass
 class Progress:
     "How far a run is; saved with every checkpoint."
@@ -288,7 +309,7 @@ class Progress:
     busy_tokens: int = 0
     busy_s: float = 0.0
 
-# %% ../nbs/15_train.ipynb #03c1864a
+# %% ../nbs/15_train.ipynb #c05241cc
 def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler) -> tuple[Progress, list[str]]:
     "Continue from the newest whole checkpoint, if there is one; what was noticed on the way."
     found, notes = latest_checkpoint(folder)
@@ -301,7 +322,7 @@ def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler) 
     scaler.load_state_dict(found.state["scaler"])
     return Progress(**found.state["progress"]), [*notes, f"continued from step {found.step}"]
 
-# %% ../nbs/15_train.ipynb #4f071b47
+# %% ../nbs/15_train.ipynb #7a9294bc
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal) -> str:
     "Run the updates that remain; returns the state that the run ends in."
     t, main = config.train, world.rank == 0
@@ -408,9 +429,10 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
         finished = progress.step == t.steps
         stop = "stop" if world.sum(float(bool(stop_signal())))[0] else ""
         if progress.step % t.log_interval == 0 or finished:
-            record("train", loss=progress.loss_sum / progress.loss_count, lr=lr_at(t, step), grad_norm=norm if math.isfinite(norm) else None,
-                   tokens=progress.tokens, tokens_per_s=progress.busy_tokens / progress.busy_s if progress.busy_s else count / spent, memory_gib=memory_gib(device),
-                   elapsed_s=progress.elapsed_s)
+            rate = progress.busy_tokens / progress.busy_s if progress.busy_s else count / spent
+            record("train", loss=progress.loss_sum / progress.loss_count, lr=lr_at(t, step),
+                   grad_norm=norm if math.isfinite(norm) else None, tokens=progress.tokens, tokens_per_s=rate,
+                   memory_gib=memory_gib(device), elapsed_s=progress.elapsed_s)
             progress.loss_sum, progress.loss_count, progress.busy_tokens, progress.busy_s = 0.0, 0, 0, 0.0
         if progress.step % t.eval_interval == 0 or finished:
             look()
@@ -434,7 +456,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     tell("done")
     return "done"
 
-# %% ../nbs/15_train.ipynb #0b2f801a
+# %% ../nbs/15_train.ipynb #9f8f147f
 def train(
     config: Config,
     folder: str | Path,  # of the run; made, or continued where it holds a run of the same configuration
@@ -461,17 +483,17 @@ def train(
             world.sum(0.0)  # all leave together, with the state that the first wrote
     return load_run(folder)
 
-# %% ../nbs/15_train.ipynb #d93c4e1f
+# %% ../nbs/15_train.ipynb #9c150fb6
 def main(argv: list[str] | None = None):
     "Train from a YAML file, alone or under torchrun; the exit code says how it ended."
     parser = argparse.ArgumentParser(prog="python -m hybrid_nb.train", description=main.__doc__)
     parser.add_argument("--config", required=True, help="YAML file, as `load_config` reads it")
-    parser.add_argument("--run", required=True, help="run folder, made or continued")
+    parser.add_argument("--folder", "--run", required=True, help="run folder, made or continued")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
     parser.add_argument("--cache", default="runs/cache", help="folder of token shards")
     args, code = parser.parse_args(argv), 0
     try:
-        run = train(load_config(args.config), args.run, device=args.device, cache=args.cache)
+        run = train(load_config(args.config), args.folder, device=args.device, cache=args.cache)
         code = 0 if run.info["status"] == "done" else STOPPED
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -485,6 +507,6 @@ def main(argv: list[str] | None = None):
         os._exit(code)
     sys.exit(code)
 
-# %% ../nbs/15_train.ipynb #088a77ae
+# %% ../nbs/15_train.ipynb #21749eb6
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
     main()

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from hybrid_nb import runs, train
-from hybrid_nb.config import ModelConfig, get_config
+from hybrid_nb.config import Config, ModelConfig, get_config
 from hybrid_nb.data import grammar_entropy
 from hybrid_nb.decoder import DecoderForCausalLM, make_decoder
 from hybrid_nb.evaluate import sample_text
@@ -87,8 +87,8 @@ def in_checkpoint(path: Path, *args) -> bool:
 
 KILLS = {
     "temporary directory": lambda: wrap(Path, "mkdir", lambda p, *a: p.name == TEMPORARY, after=die),
-    "mid-write": lambda: wrap(safetensors.torch, "save_file", lambda t, p, *a: in_checkpoint(p) and p.stem == "optimizer",
-                              after=halve_and_die),
+    "mid-write": lambda: wrap(safetensors.torch, "save_file",
+                              lambda t, p, *a: in_checkpoint(p) and p.stem == "optimizer", after=halve_and_die),
     "before manifest": lambda: wrap(runs, "write_file", in_checkpoint, before=die),
     "before rename": lambda: wrap(os, "rename", lambda a, b: Path(b).name == f"step-{KILL_STEP}", before=die),
     "after rename": lambda: wrap(os, "rename", lambda a, b: Path(b).name == f"step-{KILL_STEP}", after=die),
@@ -147,8 +147,8 @@ def same_batches():
     train.loader = lambda data, t, start, stop, rank, size: real(data, t, start, stop, 0, size)
 
 
-def uneven_batch() -> tuple[torch.Tensor, torch.Tensor]:  # each (2 micro-batches, 4 sequences, 8): a rank takes two sequences
-    "Tokens and targets, of which the first rank has 3 and the second 24."
+def uneven_batch() -> tuple[torch.Tensor, torch.Tensor]:  # each (2 micro-batches, 4 sequences, 8 tokens)
+    "Tokens and targets: in its two sequences of each micro-batch the first rank has 0 and 3, the second 12 and 12."
     x, y = torch.randint(40, (2, 2, 4, 8), generator=torch.Generator().manual_seed(0))
     y[0, :2], y[1, 0], y[1, 1, 3:], y[:, 2, 4:] = -100, -100, -100, -100
     return x, y
@@ -167,15 +167,22 @@ def uneven_update(folder: str):
         x, y = (t[:, 2 * world.rank:][:, :2] for t in uneven_batch())
         optimizer, off = train.make_optimizer(model, UNEVEN.train), torch.amp.GradScaler("cpu", enabled=False)
         loss, norm, _ = train.update(net, optimizer, off, x, y, UNEVEN.train, 0, world, nullcontext)
-        parts = dict(model.named_parameters()) | {"loss": torch.tensor(loss), "norm": torch.tensor(norm)}
-        safetensors.torch.save_file({n: t.detach() for n, t in parts.items()}, f"{folder}/rank-{world.rank}.safetensors")
+        parts = {n: p.detach() for n, p in model.named_parameters()}
+        parts |= {"loss": torch.tensor(loss).double(), "norm": torch.tensor(norm).double()}
+        safetensors.torch.save_file(parts, f"{folder}/rank-{world.rank}.safetensors")
         torch.distributed.barrier()
 
     train.main = main
 
 
 FAULTS = {"kill": lambda point: KILLS[point](), "kill step": kill_step, "slow": slow, "fill disk": fill_disk,
-          "nan gradient": nan_gradient, "no handlers": no_handlers, "same batches": same_batches, "uneven update": uneven_update}
+          "nan gradient": nan_gradient, "no handlers": no_handlers, "same batches": same_batches,
+          "uneven update": uneven_update}
+
+
+def one_rate(dtype=None, device=None) -> float:
+    "Instead of measuring how fast this machine multiplies, which no test here is about."
+    return 1e9
 
 
 # The interpreter that forks
@@ -224,7 +231,7 @@ def ended(pid: int, timeout: float) -> int | None:
 def warm_up():
     "Do once what every child would do again: imports on demand, the grammar's entropy, the rate of products."
     grammar_entropy()
-    train.matmul_rate = lambda dtype, device: 1e9
+    train.matmul_rate = one_rate
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     sample_text(make_decoder(ModelConfig(n_layer=1, vocab_size=2), eos_token_id=1), tokenizer, "a", tokens=2)
 
@@ -246,7 +253,8 @@ def serve():
 # What tests call
 
 
-ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENV = os.environ | {
+    "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @cache
@@ -297,6 +305,70 @@ def start(argv: list, *faults: tuple, **env: str) -> Process:
     streams = tempfile.mkdtemp()
     out, err = f"{streams}/out", f"{streams}/err"
     return Process(ask(job(argv, *faults) | {"env": env, "out": out, "err": err}), out, err)
+
+
+# What a run came to
+
+TINY = {
+    "n_layer": 2, "d_model": 32, "n_head": 2, "d_ff": 64, "vocab_size": 400, "max_seq_len": 32, "dropout": 0.1,
+    "attn_dropout": 0.1, "seq_len": 32, "batch_size": 16, "grad_accum": 2, "steps": 16, "warmup_steps": 4, "lr": 0.01,
+    "grad_clip": 0.2, "log_interval": 3, "eval_interval": 5, "eval_batches": 2, "save_interval": 4, "precision": "fp32",
+    "compile": "no", "bpe_vocab": 400, "grammar_stories": 30, "valid_fraction": 0.2}
+TIMES = {"tokens_per_s", "memory_gib", "elapsed_s", "busy_s", "busy_tokens"}
+
+
+def tiny(**changes) -> Config:
+    "A run of 16 steps and a second; an epoch ends inside the thirteenth step."
+    return get_config("smoke", TINY | changes)
+
+
+@contextmanager
+def one_thread():
+    "In this process, too, one thread: results are compared with those of the same number of threads."
+    threads, rate = torch.get_num_threads(), train.matmul_rate
+    torch.set_num_threads(1)
+    train.matmul_rate = one_rate
+    yield
+    torch.set_num_threads(threads)
+    train.matmul_rate = rate
+
+
+def untimed(record: dict) -> dict:
+    return {k: v for k, v in record.items() if k not in TIMES}
+
+
+def result(run: runs.Run) -> dict:
+    "All that a run came to but its timings."
+    last = runs.read_checkpoint(runs.checkpoints(run.path)[0])
+    return {
+        "status": run.info["status"], "weights": run.info["weights"], "data": run.info["data_hash"],
+        "tokens": run.info["tokens_seen"], "groups": {g: runs.tensor_hash(t) for g, t in last.groups.items()},
+        "progress": untimed(last.state["progress"]), "scaler": last.state["scaler"],
+        "records": [untimed(r) for r in run.records() if r["kind"] != "event"],
+        "model": runs.sha256_file(run.path / "model/model.safetensors")}
+
+
+def events(run: runs.Run, name: str) -> list[str]:
+    "What a run noted under an event's name."
+    return [r["detail"] for r in run.records("event") if r["event"] == name]
+
+
+def tree(folder: Path) -> dict:
+    "Every file of a folder with its content and time."
+    return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in [folder, *folder.rglob("*")]}
+
+
+def wait_for(what, seconds: float = 60):
+    "Wait until a function is true."
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.005)
+
+
+def trained(folder: Path, step: int) -> bool:
+    "Whether a run has logged a step."
+    return any(r["kind"] == "train" and r["step"] >= step for r in runs.read_records(folder))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 from test_papermill import LOOP, SHOW, TRAIN, end, start, tiny
+
+from hybrid_nb.pipeline import Claim
 
 HNB = [str(Path(sys.executable).parent / "hnb")]
 
@@ -31,10 +32,11 @@ def test_help_answers_at_once_without_torch(tmp_path):
     assert min(times) < 0.5, f"hnb --help takes {min(times):.2f} s"
     for name in ("run", "presets", "plan", "sample", "doctor", "verify", "hnb run train -p model large"):
         assert name in run.stdout
-    check = "import sys; sys.argv = ['hnb', '--help']; from hybrid_nb.pipeline import main\ntry: main()\nexcept SystemExit: pass\n"
-    check += "print([m for m in ('torch', 'transformers', 'papermill', 'nbconvert', 'pandas', 'matplotlib') if m in sys.modules])"
+    check = "import sys\nsys.argv = ['hnb', '--help']\nfrom hybrid_nb.pipeline import main\n"
+    check += "try: main()\nexcept SystemExit: print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.endswith("[]\n"), run.stdout
+    heavy = {"torch", "transformers", "papermill", "nbformat", "nbconvert", "pandas", "matplotlib"}
+    assert not heavy & set(run.stdout.splitlines()[-1].split())
 
 
 def test_each_command_has_help_with_examples(tmp_path):
@@ -48,16 +50,14 @@ def test_presets_without_torch(tmp_path):
     code, out, err = hnb(tmp_path, "presets")
     assert (code, err) == (0, "")
     names = [line.split()[0] for line in out.splitlines()[1:]]
-    assert names[:4] == ["smoke", "small", "base", "large"] and {"gpt-base", "oelm-freeze", "foundation-32l"} <= set(names)
+    assert names[:4] == ["smoke", "small", "base", "large"]
+    assert {"gpt-base", "oelm-freeze", "foundation-32l"} <= set(names)
     assert re.search(r"^foundation .* 208,638,720 ", out, re.M)
 
 
 def test_errors_are_one_line(tmp_path):
     wrong = {
         ("rum",): (64, "No such command 'rum'"),
-        ("run", "trian"): (64, "no pipeline 'trian'"),
-        ("run", "train", "-p", "steps"): (64, "write: hnb run PIPELINE [-p PARAMETER VALUE]"),
-        ("run", "train", "-p", "stesp", "5"): (64, "unknown parameter 'stesp' (did you mean 'steps'?)"),
         ("run", "train", "-p", "steps", "many"): (64, "steps='many' is not of type int"),
         ("sample", "nowhere"): (65, "no run in"),
         ("verify", "none.ipynb"): (65, "no report none.ipynb"),
@@ -79,11 +79,13 @@ def test_run_replaces_its_own_report_at_once(tmp_path):
     before = report.read_bytes()
     tiny(path, "1 / 0", SHOW)
     code, out, err = hnb(tmp_path, "run", path, "-p", "model", "base")
-    assert code == 1 and err == f"hnb: ZeroDivisionError: division by zero (code cell 4); see reports/{report.stem}.FAILED.ipynb\n"
+    told = f"hnb: ZeroDivisionError: division by zero (code cell 4); see reports/{report.stem}.FAILED.ipynb\n"
+    assert (code, err) == (1, told)
     assert report.read_bytes() == before
     tiny(path, "print('second')", SHOW)
     assert hnb(tmp_path, "run", path, "-p", "model", "base")[0] == 0
     assert "second" in report.read_text() and [p.name for p in report.parent.glob("*.ipynb")] == [report.name]
+    assert report.name in (report.parent / "index.html").read_text()
 
 
 def test_run_is_stopped_by_a_signal(tmp_path):
@@ -91,21 +93,20 @@ def test_run_is_stopped_by_a_signal(tmp_path):
     process = start([*HNB, "run", path], tmp_path)
     while "step 3" not in (line := process.stdout.readline()):
         assert line or process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     code, out, err = end(process)
-    assert code == 75 and "SIGTERM: stopped; the same command continues the run" in err, err
+    assert code == 75 and "SIGINT: stopped; the same command continues the run" in err, err
     assert (tmp_path / "checkpoint").exists()
 
 
-def test_two_runs_of_one_report(tmp_path):
-    path = tiny(tmp_path / "pipelines" / "train.ipynb", "import time\nopen('begun', 'w')\ntime.sleep(6)", SHOW)
-    first = start([*HNB, "run", path], tmp_path)
-    while not (tmp_path / "begun").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    code, out, err = hnb(tmp_path, "run", path)
-    assert code == 64 and re.fullmatch(r"hnb: another process is making train-smoke-\w{6}\.ipynb\n", err)
-    assert end(first)[0] == 0
+def test_a_report_that_another_process_makes(tmp_path):
+    path, output = tiny(tmp_path / "pipelines" / "train.ipynb"), tmp_path / "elsewhere" / "mine.ipynb"
+    claim = Claim(output)
+    code, out, err = hnb(tmp_path, "run", path, "--output", output)
+    assert (code, out, err) == (64, "", "hnb: another process is making mine.ipynb\n")
+    claim.release()
+    assert hnb(tmp_path, "run", path, "--output", output)[0] == 0
+    assert sorted(p.name for p in output.parent.iterdir()) == ["index.html", "mine.html", "mine.ipynb"]
 
 
 def test_plan_and_doctor_measure(tmp_path):
@@ -122,11 +123,3 @@ def test_plan_and_doctor_measure(tmp_path):
         assert re.search(rf"^{what} +\S", out, re.M), what
     rates = [int(m.replace(",", "")) for m in re.findall(r"^(?:float32.*?|bfloat16) +([\d,]+) GFLOP/s$", out, re.M)]
     assert len(rates) == 3 and all(rate > 1 for rate in rates)
-
-
-def test_a_report_of_one_notebook_has_no_trace_of_another(tmp_path):
-    path = tiny(tmp_path / "pipelines" / "train.ipynb", "print('here')", SHOW)
-    output = tmp_path / "elsewhere" / "mine.ipynb"
-    assert hnb(tmp_path, "run", path, "--output", output)[0] == 0
-    assert sorted(p.name for p in output.parent.iterdir()) == ["index.html", "mine.html", "mine.ipynb"]
-    assert nbformat.read(output, 4).metadata["hybrid_nb"]["result"]["subject"] == "smoke"

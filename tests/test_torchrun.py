@@ -1,0 +1,184 @@
+"""Two processes under torchrun: the losses of one, uneven targets, stopping, resuming, and what goes wrong on one rank.
+
+Run with `pytest tests/test_torchrun.py`. torchrun itself starts three times; the other cases fork the two ranks.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import driver
+import pytest
+import torch
+import torch.nn.functional as F
+from driver import Process, events, one_thread, result, start, tiny, trained, tree, wait_for
+from safetensors.torch import load_file
+
+from hybrid_nb import runs, train
+from hybrid_nb.config import to_yaml
+from hybrid_nb.decoder import make_decoder
+from hybrid_nb.runs import Run, checkpoints, load_run, read_checkpoint
+
+SAME = {"dropout": 0.0, "attn_dropout": 0.0, "log_interval": 1, "steps": 24, "save_interval": 24, "eval_interval": 12}
+ONE, TWO = tiny(**SAME, grad_accum=2), tiny(**SAME, grad_accum=1, workers=1)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    "A folder for this module's runs and prepared text."
+    with one_thread():
+        yield tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def command(work):
+    "The arguments of `python -m hybrid_nb.train` for a run of two ranks."
+    (work / "two.yaml").write_text(to_yaml(TWO))
+    here = ["--config", work / "two.yaml", "--cache", work / "cache", "--device", "cpu"]
+    return lambda name: [*here, "--folder", work / name]
+
+
+def torchrun(*argv) -> subprocess.Popen:
+    "torchrun on two processes, in a session of its own."
+    return subprocess.Popen([*TORCHRUN, *map(str, argv)], env=driver.ENV, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, start_new_session=True)
+
+
+def two(argv: list, *faults: tuple) -> list[Process]:
+    "The two ranks as torchrun would start them, forked."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(argv, *faults, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+
+
+def ended(processes: list[Process]) -> list[int]:
+    return [p.wait() for p in processes]
+
+
+@pytest.fixture(scope="module")
+def whole(work, command) -> Run:
+    "An uninterrupted run under torchrun."
+    process = torchrun("-m", "hybrid_nb.train", *command("whole"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return load_run(work / "whole")
+
+
+@pytest.fixture(scope="module")
+def single(work) -> Run:
+    "The same global batches in one process."
+    return train.train(ONE, work / "single", device="cpu", cache=work / "cache")
+
+
+def gap(a: Run, b: Run, kind: str, key: str) -> float:
+    "The largest difference of a figure over all its records."
+    pairs = zip(a.records(kind), b.records(kind), strict=True)
+    return max(abs(x[key] - y[key]) for x, y in pairs)
+
+
+def test_two_processes_lose_what_one_loses(whole, single, work, command):
+    assert whole.info["world_size"] == 2 and whole.info["tokens_seen"] == single.info["tokens_seen"]
+    assert len(whole.records("train")) == SAME["steps"]
+    assert gap(whole, single, "train", "loss") < 1e-5
+    assert gap(whole, single, "train", "grad_norm") < 1e-4 and gap(whole, single, "eval", "val_loss") < 1e-5
+    a, b = (load_file(r.path / "model/model.safetensors") for r in (whole, single))
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-3
+
+    assert ended(two(command("naive"), ("same batches",))) == [0, 0]
+    assert gap(load_run(work / "naive"), single, "train", "loss") > 1e-3, "the negative control"
+
+
+def test_sigterm_to_torchrun_stops_and_resumes(whole, work, command):
+    "With processes that prepare batches, which torchrun's signal reaches too."
+    slow = json.dumps(driver.job(command("halted"), ("slow",)))
+    process = torchrun(driver.__file__, slow)
+    wait_for(lambda: trained(work / "halted", 3), 120)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    stopped = load_run(work / "halted")
+    assert stopped.info["status"] == "stopped" and events(stopped, "stop") == ["SIGTERM asked to stop"], err
+    assert 3 <= read_checkpoint(checkpoints(stopped.path)[0]).step < SAME["steps"]
+
+    process = torchrun("-m", "hybrid_nb.train", *command("halted"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert result(load_run(work / "halted")) == result(whole)
+
+
+def test_a_finished_run_says_so_once(whole, command):
+    before = tree(whole.path)
+    ranks = two(command("whole"))
+    assert ended(ranks) == [0, 0]
+    assert [p.out for p in ranks] == [f"{whole.path} is finished: nothing to do\n", ""]
+    assert tree(whole.path) == before
+
+
+def test_a_signal_to_one_rank_stops_both(whole, work, command):
+    ranks = two(command("one"), ("slow",))
+    wait_for(lambda: trained(work / "one", 3))
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert ended(ranks) == [runs.STOPPED] * 2
+    assert events(load_run(work / "one"), "stop") == ["another process asked to stop"]
+    assert ended(two(command("one"))) == [0, 0]
+    assert result(load_run(work / "one")) == result(whole)
+
+
+def test_nan_on_one_rank_stops_both(whole, work, command):
+    ranks = two(command("nan"), ("nan gradient", 5, 1))
+    assert ended(ranks) == [runs.NUMERIC] * 2
+    assert "gradient norm nan at step 6, batch " in ranks[0].err
+    failed = load_run(work / "nan")
+    assert failed.info["status"] == "failed" and checkpoints(failed.path)[0].name == "step-5"
+    assert ended(two(command("nan"))) == [0, 0]
+    assert result(load_run(work / "nan")) == result(whole)
+
+
+def test_a_killed_rank_ends_the_other(whole, work, command):
+    ranks = two(command("killed"), ("slow",))
+    wait_for(lambda: trained(work / "killed", 3))
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert ended(ranks)[1] == -signal.SIGKILL
+    assert ended(two(command("killed"))) == [0, 0]
+    assert result(load_run(work / "killed")) == result(whole)
+
+
+def test_a_folder_in_use_is_refused(work, command):
+    (work / "used").mkdir()
+    with runs.locked(work / "used"):
+        ranks = two(command("used"))
+        codes = ended(ranks)
+    assert codes[0] == runs.USAGE and codes[1] != 0
+    assert f"is in use by process {os.getpid()}" in ranks[0].err
+
+
+def test_uneven_targets_weigh_by_targets(work):
+    "The loss, the gradient and the update of two ranks are those of all their targets at once."
+    assert ended(two([], ("uneven update", work))) == [0, 0]
+    first, second = (load_file(work / f"rank-{r}.safetensors") for r in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+    x, y = (t.reshape(8, 8) for t in driver.uneven_batch())
+    torch.manual_seed(0)
+    model = make_decoder(driver.UNEVEN.model)
+    logits = model(x).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), driver.UNEVEN.train.grad_clip)
+    optimizer = train.make_optimizer(model, driver.UNEVEN.train)
+    for group in optimizer.param_groups:
+        group["lr"] = train.lr_at(driver.UNEVEN.train, 0)
+    optimizer.step()
+    assert int((y != -100).sum()) == 27 and norm > driver.UNEVEN.train.grad_clip
+    assert abs(first["loss"] - loss) < 1e-6 and abs(first["norm"] - norm) < 1e-5
+    assert max(float((first[n] - p.detach()).abs().max()) for n, p in model.named_parameters()) < 1e-6
+
+    halves = [F.cross_entropy(logits[i].flatten(0, 1), y[i].flatten()) for i in ([0, 1, 4, 5], [2, 3, 6, 7])]
+    assert abs(sum(halves) / 2 - loss) > 1e-3, "the negative control: a mean of means"
