@@ -8,7 +8,7 @@ __all__ = ['GIB', 'LOSS_ROWS', 'QUERY_BLOCK', 'BLOCKS_UP_TO', 'GPUS', 'ASSUMED_M
            'memory', 'total_memory', 'Gpu', 'run_tokens', 'mfu', 'run_seconds', 'plan_rows', 'shorten', 'run_flops',
            'needs_trial', 'trial_config', 'describe_trial', 'parse_overrides', 'RunPlan', 'default_device', 'plan_run']
 
-# %% ../nbs/12_account.ipynb #fd16bdf0
+# %% ../nbs/12_account.ipynb #6cd622a1
 import functools
 import math
 import shlex
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .config import Config, ConfigError, cast, closest, get_config, load_config, override
 
-# %% ../nbs/12_account.ipynb #bf159780
+# %% ../nbs/12_account.ipynb #65bd6597
 @dataclass(frozen=True)
 class ParamRow:
     "One weight of the model."
@@ -31,7 +31,7 @@ class ParamRow:
         "Its number of elements."
         return math.prod(self.shape)
 
-# %% ../nbs/12_account.ipynb #eab5251c
+# %% ../nbs/12_account.ipynb #43db1dd8
 def _projection_rows(config: Config, layer: int | None, roles: str) -> list[ParamRow]:
     m, rows = config.model, []
     for role in roles:
@@ -46,7 +46,7 @@ def _projection_rows(config: Config, layer: int | None, roles: str) -> list[Para
 def _is_shared(config: Config, role: str) -> bool:
     return config.model.ortho_shared and config.model.state(role).startswith("frozen")
 
-# %% ../nbs/12_account.ipynb #a29e8020
+# %% ../nbs/12_account.ipynb #60504ae2
 def _norm_rows(config: Config, layer: int | None, name: str) -> list[ParamRow]:
     parts = ("weight", "bias") if config.model.norm == "layernorm" else ("weight",)
     return [ParamRow(layer, f"{name}.{part}", (config.model.d_model,)) for part in parts]
@@ -59,7 +59,7 @@ def _ffn_rows(config: Config, layer: int) -> list[ParamRow]:
         rows += [ParamRow(layer, f"ffn.{name}.bias", shape[:1])] if m.ffn_bias else []
     return rows
 
-# %% ../nbs/12_account.ipynb #7641c162
+# %% ../nbs/12_account.ipynb #1b6e8193
 @functools.lru_cache(maxsize=32)
 def param_rows(config: Config) -> tuple[ParamRow, ...]:
     "Every weight of the model that a configuration describes."
@@ -75,7 +75,7 @@ def param_rows(config: Config) -> tuple[ParamRow, ...]:
     rows += _norm_rows(config, None, "norm")
     return tuple(rows + ([] if m.tie_embeddings else [ParamRow(None, "head", (m.vocab_size, m.d_model))]))
 
-# %% ../nbs/12_account.ipynb #95b2a9b0
+# %% ../nbs/12_account.ipynb #b6f072f6
 class Params(NamedTuple):
     "Numbers of parameters."
     trainable: int
@@ -91,7 +91,7 @@ def estimate_params(config: Config) -> int:
     "All parameters, frozen ones included."
     return count_params(config).total
 
-# %% ../nbs/12_account.ipynb #b009c07c
+# %% ../nbs/12_account.ipynb #f8b06aee
 class Flops(NamedTuple):
     "Floating-point operations of matrix products for one token."
     forward: int
@@ -123,7 +123,7 @@ def flops_per_token(config: Config) -> Flops:
     head = 2 * m.vocab_size * m.d_model
     return Flops(blocks + head, 2 * (blocks + head) - frozen, blocks if config.train.gradient_checkpointing else 0)
 
-# %% ../nbs/12_account.ipynb #d8791d6a
+# %% ../nbs/12_account.ipynb #6141c524
 GIB = 2**30
 
 def document_memory(config: Config) -> int:  # bytes
@@ -132,7 +132,7 @@ def document_memory(config: Config) -> int:  # bytes
     activations = 30 * t.batch_size * t.seq_len * config.model.d_model * 2
     return round(1.2 * (2 * n + 2 * n + 8 * n + activations))
 
-# %% ../nbs/12_account.ipynb #364b51e1
+# %% ../nbs/12_account.ipynb #7e3ae929
 LOSS_ROWS = 1024  # rows of logits that the decoder's loss holds at once
 QUERY_BLOCK = 128  # queries that attention on a CPU takes at once
 BLOCKS_UP_TO = 2048  # tokens; longer sequences take fused attention on a CPU too
@@ -155,7 +155,7 @@ def _layer_bytes(config: Config, c: int, fused: bool) -> float:
     noise = 2 * m.d_model * (1 if fused else c) if m.dropout else 0
     return c * ((2 + inputs) * m.d_model + ffn) + 16 + _attention_bytes(config, c, fused) + noise
 
-# %% ../nbs/12_account.ipynb #2751ac9d
+# %% ../nbs/12_account.ipynb #334ee03f
 def memory(
     config: Config,
     precision: str | None = None,  # 'fp32', 'bf16' or 'fp16'; None: the configuration's, where 'auto' counts as bf16
@@ -185,7 +185,7 @@ def total_memory(config: Config, **options) -> int:  # bytes
     "All parts of `memory`."
     return sum(memory(config, **options).values())
 
-# %% ../nbs/12_account.ipynb #ead53cda
+# %% ../nbs/12_account.ipynb #fa8892fa
 class Gpu(NamedTuple):
     "A device as its maker describes it."
     tflops: float  # dense bf16, 1e12 FLOP/s
@@ -202,7 +202,7 @@ GPUS = {
 }
 ASSUMED_MFU = 0.4  # of the peak; benchmarks of well-kept trainers report 0.35 to 0.55
 
-# %% ../nbs/12_account.ipynb #8cf0f0dc
+# %% ../nbs/12_account.ipynb #4ec71c18
 def run_tokens(config: Config) -> int:
     "Tokens that one process trains on over the whole schedule."
     t = config.train
@@ -224,7 +224,7 @@ def run_seconds(
     "Time of the whole schedule on one device, recomputation included, evaluation not."
     return run_tokens(config) * flops_per_token(config).hardware / (peak * utilisation)
 
-# %% ../nbs/12_account.ipynb #981fb17f
+# %% ../nbs/12_account.ipynb #f2a1c49a
 def plan_rows(
     config: Config,
     utilisation: float = ASSUMED_MFU,
@@ -234,7 +234,7 @@ def plan_rows(
     return [{"device": name, "memory": f"{need:.1f} of {gpu.memory_gb} GB", "fits": need < gpu.memory_gb * 0.93,
              "hours": run_seconds(config, gpu.tflops * 1e12, utilisation) / 3600} for name, gpu in GPUS.items()]
 
-# %% ../nbs/12_account.ipynb #092a2b48
+# %% ../nbs/12_account.ipynb #a67c4cd9
 def shorten(
     config: Config,
     steps: int,  # at least 1; more than the configuration has lengthens it and shrinks nothing
@@ -249,7 +249,7 @@ def shorten(
     scaled["warmup_steps"] = min(t.warmup_steps, scaled["warmup_steps"])
     return replace(config, train=replace(t, steps=steps, **scaled, **often))
 
-# %% ../nbs/12_account.ipynb #84027359
+# %% ../nbs/12_account.ipynb #abad3625
 TRIAL_FLOPS = 4e13  # of a trial's training steps; one to three minutes on two cores
 TRIAL_ABOVE = 2e15  # FLOPs of a run; a CPU that reaches 0.5 TFLOP/s takes over an hour for more
 
@@ -264,7 +264,7 @@ def needs_trial(
     "Whether the whole schedule is out of reach of the device."
     return device_type == "cpu" and run_flops(config) > TRIAL_ABOVE
 
-# %% ../nbs/12_account.ipynb #38dab8d1
+# %% ../nbs/12_account.ipynb #6020a654
 def trial_config(config: Config) -> Config:
     "The same model and optimizer on a schedule of about `TRIAL_FLOPS`."
     t = config.train
@@ -278,7 +278,7 @@ def trial_config(config: Config) -> Config:
         log_interval=1, precision="auto" if t.precision == "fp16" else t.precision,
         compile="no" if t.compile == "auto" else t.compile, workers=0, pin_memory=False))
 
-# %% ../nbs/12_account.ipynb #61ec57ea
+# %% ../nbs/12_account.ipynb #273f92dd
 def describe_trial(whole: Config, trial: Config) -> str:
     "What a trial leaves out of the whole schedule, and how to ask for it."
     w, t = whole.train, trial.train
@@ -287,7 +287,7 @@ def describe_trial(whole: Config, trial: Config) -> str:
             f"of {w.steps:,} steps of {w.batch_size * w.grad_accum} x {w.seq_len}, {share:.1e} of the tokens, because "
             f"the whole schedule takes {run_flops(whole):.1e} FLOPs. Ask for it by `-p full true`.")
 
-# %% ../nbs/12_account.ipynb #897488a5
+# %% ../nbs/12_account.ipynb #ea1d386b
 def parse_overrides(
     text: str,  # 'model.k=frozen-orthogonal train.lr=1e-3'
 ) -> dict[str, str]:
@@ -298,7 +298,7 @@ def parse_overrides(
             raise ConfigError(f"overrides={text!r}: {name!r} is not of the form name=value, as in 'train.lr=1e-3'")
     return {name: value for name, _, value in pairs}
 
-# %% ../nbs/12_account.ipynb #f4b05a61
+# %% ../nbs/12_account.ipynb #b80bf83d
 @dataclass(frozen=True)
 class RunPlan:
     "What will run, and why it is what it is."
@@ -313,7 +313,7 @@ _FIELDS = {"data": "data.source", "text_key": "data.text_key", "tokenizer": "dat
            "batch_size": "train.batch_size", "lr": "train.lr", "seed": "train.seed", "precision": "train.precision",
            "compile": "train.compile"}
 
-# %% ../nbs/12_account.ipynb #d26916b2
+# %% ../nbs/12_account.ipynb #43032935
 def default_device() -> str:
     "The type of the device that training takes when none is named: 'cuda' or 'cpu'."
     import torch

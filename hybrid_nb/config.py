@@ -266,9 +266,11 @@ _foundation_train = TrainConfig(
     gradient_checkpointing=True, eval_interval=5000, save_interval=10_000, log_interval=100, workers=8, pin_memory=True)
 _wide = DataConfig(bpe_vocab=8192)
 
-# %% ../nbs/01_config.ipynb #757f8899
+# %% ../nbs/01_config.ipynb #45ceb830
 PRESETS: dict[str, Config] = {
-    "smoke": Config("smoke", ModelConfig(vocab_size=2048), data=DataConfig(bpe_vocab=2048, grammar_stories=16_000, valid_fraction=0.01)),
+    "smoke": Config("smoke", ModelConfig(vocab_size=2048),
+                    TrainConfig(steps=600, lr=3e-3, warmup_steps=60, eval_interval=50, save_interval=200),
+                    DataConfig(bpe_vocab=2048, grammar_stories=16_000, valid_fraction=0.01)),
     "small": Config("small", _ora(6, 512), TrainConfig(
         steps=100_000, batch_size=64, grad_accum=1, seq_len=512, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01,
         schedule="cosine", warmup_steps=4000, min_lr_ratio=0.1, precision="fp16",

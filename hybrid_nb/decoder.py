@@ -199,7 +199,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=h_BTD, past_key_values=past_key_values,
                                        hidden_states=tuple(states) if output_hidden_states else None)
 
-# %% ../nbs/09_decoder.ipynb #f32994cf
+# %% ../nbs/09_decoder.ipynb #5c8fcebf
 class _LinearCrossEntropy(torch.autograd.Function):
     "Summed cross-entropy of a linear head, in chunks of rows."
 
@@ -211,9 +211,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h_ND) if need_h else None
         grad_w = torch.zeros_like(w_VD, dtype=wide) if need_w else None
         weight = w_VD.to(h_ND.dtype)
-        for rows in torch.arange(len(h_ND)).split(chunk):
-            i, j = int(rows[0]), int(rows[-1]) + 1
-            h, target = h_ND[i:j], target_N[i:j]
+        for i in range(0, len(h_ND), chunk):
+            h, target = h_ND[i : i + chunk], target_N[i : i + chunk]
             real = target != ignore_index
             index = torch.where(real, target, 0)[:, None]
             logp = (h @ weight.T).to(wide).log_softmax(-1)
@@ -221,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_h or need_w:
                 grad_z = (logp.exp().scatter_add(1, index, -torch.ones_like(index, dtype=logp.dtype)) * real[:, None]).to(h.dtype)
                 if need_h:
-                    grad_h[i:j] = grad_z @ weight
+                    grad_h[i : i + chunk] = grad_z @ weight
                 if need_w:
                     grad_w += grad_z.T @ h
         ctx.save_for_backward(grad_h, grad_w)

@@ -346,7 +346,7 @@ def _ours(argv: list[str]) -> tuple[Path, Any, list] | None:
         return None
     return (Path(positionals[0]), nb, options) if opt_in(nb) else None
 
-# %% ../nbs/18_pipeline.ipynb #4e6afea1
+# %% ../nbs/18_pipeline.ipynb #8ddc538f
 _claims: dict[Path, Claim] = {}  # of this process, by report
 
 def complete_command(
@@ -367,7 +367,7 @@ def complete_command(
     return [argv[0], *words, "--engine", "hybrid_nb", "--", str(path), _unformatted(shown)]
 
 def reports_folder(
-    notebook: Path,  # in pipelines/
+    notebook: Path,  # in pipelines/, or a report itself
 ) -> Path:
     "The folder of a pipeline's reports."
     return Path(os.path.abspath(notebook)).parent.parent / "reports"
@@ -874,8 +874,8 @@ def _error_outcome(ename: str, evalue: str, code: int, place: str) -> Outcome:
     told = _line(evalue) if code != 1 and _line(evalue) else f"{ename}: {_line(evalue)}"
     return Outcome(f"{told} ({place})", code)
 
-# %% ../nbs/18_pipeline.ipynb #4da2a422
-_KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
+# %% ../nbs/18_pipeline.ipynb #22682102
+_KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore:IProgress not found"}
 
 def _place(nb, cell) -> str:
     "A code cell as a reader counts it."
@@ -955,7 +955,7 @@ def execute(
         cell.outputs = merge_streams(cell.outputs)
     return outcome
 
-# %% ../nbs/18_pipeline.ipynb #87a5881f
+# %% ../nbs/18_pipeline.ipynb #01f8d3e1
 def _small(result: Any) -> Any:
     "A result for the metadata: no records, but whether the run was a trial."
     if not isinstance(result, dict):
@@ -971,7 +971,8 @@ def tidy(
     "A copy of an executed notebook as it is published."
     nb = redact_all(nb, root)
     old = nb.metadata.get("papermill", {})
-    nb.metadata["papermill"] = {"parameters": parameters} | {k: old[k] for k in ("version", "duration") if old.get(k)}
+    making = {k: old[k] for k in ("version", "duration") if old.get(k)}
+    nb.metadata["papermill"] = {"parameters": redact_all(parameters, root)} | making
     nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or {}) | {"result": _small(shown_result(nb))}
     for cell in nb.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
@@ -1480,7 +1481,7 @@ def compare_runs(
         raise RunError(f"{told} (other {differ})", BAD_DATA)
     return f"validation losses agree within {worst:.1e} nats (other {differ}, so weights are not compared)"
 
-# %% ../nbs/18_pipeline.ipynb #5c82a406
+# %% ../nbs/18_pipeline.ipynb #61926369
 def verify_replay(
     report: str | Path,
 ) -> str:  # one line; RunError where the replay differs
@@ -1498,7 +1499,7 @@ def verify_replay(
     torch.set_num_threads(resolved["threads"])
     with tempfile.TemporaryDirectory(prefix="hnb-replay-") as folder:
         again = train(override(stored.config, settled), Path(folder) / info["name"], device=resolved["device"],
-                      cache=checkout() / "runs" / "cache", on_update=_show_step)
+                      cache=reports_folder(Path(report)).parent / "runs" / "cache", on_update=_show_step)
         return compare_runs((info, stored.records("eval")), (again.info, again.records("eval")))
 
 def _show_step(folder: Path):

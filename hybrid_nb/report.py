@@ -8,9 +8,10 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'MONITORS', 'DECISIVE', 'S
            'Picture', 'draw_curves', 'plot_curves', 'Alarm', 'alarms', 'alarm_table', 'tolerance', 'verdict',
            'verdict_table', 'bundle', 'StoredRun', 'recompute', 'results', 'progress_line', 'LiveReport']
 
-# %% ../nbs/17_report.ipynb #b143d092
+# %% ../nbs/17_report.ipynb #a3ddd7eb
 import html
 import io
+import json
 import math
 import os
 import statistics
@@ -228,14 +229,14 @@ def _plot_ppl(ax, run):
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
 
-# %% ../nbs/17_report.ipynb #ea16d2a8
+# %% ../nbs/17_report.ipynb #0a78eb4f
 PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s", "memory_gib": "memory (GiB)"}
 LEVELS = {"grad_norm": {10.0: "normal below 10", 100.0: "alarm above 100"}}
 
 def draw_curves(run) -> Figure:
     "Perplexity, and below it learning rate, gradient norm, throughput and memory."
     figure = Figure(figsize=(9.6, 5.6))
-    grid = figure.add_gridspec(2, 4, height_ratios=(2.2, 1), left=0.07, right=0.985, top=0.985, bottom=0.085,
+    grid = figure.add_gridspec(2, 4, height_ratios=(2.2, 1), left=0.085, right=0.985, top=0.985, bottom=0.085,
                                hspace=0.38, wspace=0.4)
     axes = [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, i]) for i in range(4))]
     _plot_ppl(axes[0], run)
@@ -382,7 +383,7 @@ def verdict_table(run) -> Table:
     found = verdict(run)
     return Table([{"verdict": "" if i else found["verdict"], "because": why} for i, why in enumerate(found["because"])])
 
-# %% ../nbs/17_report.ipynb #463614f1
+# %% ../nbs/17_report.ipynb #bc601d28
 SCHEMA = 1  # of a bundle
 
 def bundle(run) -> dict[str, Any]:  # JSON-serialisable
@@ -400,6 +401,7 @@ class StoredRun:
     def __init__(self, stored: dict[str, Any]):
         if stored.get("schema") != SCHEMA:
             raise ValueError(f"bundle of schema {stored.get('schema')!r}; this version reads {SCHEMA}")
+        stored = json.loads(json.dumps(stored, sort_keys=True))  # a notebook file keeps no order of keys
         self.info, self.config, self.columns = stored["info"], from_dict(stored["info"]["config"]), stored["records"]
 
     def records(self, kind: str) -> list[dict[str, Any]]:
@@ -424,7 +426,7 @@ def results(run) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a run."
     return recompute(bundle(run))
 
-# %% ../nbs/17_report.ipynb #634baf44
+# %% ../nbs/17_report.ipynb #8ed91fb5
 def _clock(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
@@ -433,10 +435,10 @@ def progress_line(record: dict, steps: int) -> str:
     "A record of training or evaluation as a line of a terminal."
     head = f"step {record['step']:>{len(str(steps))}}/{steps}"
     if record["kind"] == "eval":
-        return f"{head}  loss {record['val_loss']:7.4f}  ppl {record['val_ppl']:<9.4g} of the validation text"
-    left = record["elapsed_s"] / record["step"] * (steps - record["step"])
+        return f"{head}  loss {record['val_loss']:7.4f}  ppl {record['val_ppl']:<9.4g}  validation"
+    left, loss = record["elapsed_s"] / record["step"] * (steps - record["step"]), record["loss"]
     norm = math.nan if record["grad_norm"] is None else record["grad_norm"]
-    return (f"{head}  loss {record['loss']:7.4f}  ppl {math.exp(min(record['loss'], 50)):<9.4g}  lr {record['lr']:.2e}  "
+    return (f"{head}  loss {loss:7.4f}  ppl {math.exp(min(loss, 50)):<9.4g}  lr {record['lr']:.2e}  "
             f"grad {norm:<5.3g}  {record['tokens_per_s']:>7,.0f} tokens/s  {_clock(left)} left")
 
 # %% ../nbs/17_report.ipynb #49bfe070

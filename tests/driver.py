@@ -267,6 +267,12 @@ def interpreter() -> subprocess.Popen:
     return process
 
 
+@cache
+def streams() -> tempfile.TemporaryDirectory:
+    "Where processes write what they say."
+    return tempfile.TemporaryDirectory()
+
+
 def ask(job: dict):
     server = interpreter()
     server.stdin.write(json.dumps(job) + "\n")
@@ -302,8 +308,8 @@ def job(argv: list, *faults: tuple) -> dict:
 
 def start(argv: list, *faults: tuple, **env: str) -> Process:
     "Run `python -m hybrid_nb.train` with arguments, faults and more environment in a process of its own."
-    streams = tempfile.mkdtemp()
-    out, err = f"{streams}/out", f"{streams}/err"
+    folder = tempfile.mkdtemp(dir=streams().name)
+    out, err = f"{folder}/out", f"{folder}/err"
     return Process(ask(job(argv, *faults) | {"env": env, "out": out, "err": err}), out, err)
 
 

@@ -142,17 +142,11 @@ def test_stock_papermill_fails_the_users_words(tmp_path):
     assert not (tmp_path / "reports").exists() and path.read_bytes() == before
 
 
-def test_only_what_opted_in_is_completed(tmp_path):
+def test_a_script_of_ones_own_is_left_alone(tmp_path):
     tiny(tmp_path / "pipelines" / "train.ipynb")
-    words = ["pipelines/train.ipynb", "out.ipynb", "-p", "flag", "false"]
-    explicit = start([*PAPERMILL, *words], tmp_path)
-    script = tmp_path / "mill.py"
-    script.write_text("import sys, papermill\nprint(sys.argv[1:])")
-    own = start([sys.executable, script, "pipelines/train.ipynb", "-p", "model", "x"], tmp_path)
-    assert end(own)[1] == "['pipelines/train.ipynb', '-p', 'model', 'x']\n"
-    assert end(explicit)[0] == 0
-    assert 'flag = "false"' in nbformat.read(tmp_path / "out.ipynb", 4).cells[3].source
-    assert not (tmp_path / "reports").exists()
+    (tmp_path / "mill.py").write_text("import sys, papermill\nprint(sys.argv[1:])")
+    run = start([sys.executable, "mill.py", "pipelines/train.ipynb", "-p", "model", "x"], tmp_path)
+    assert end(run)[:2] == (0, "['pipelines/train.ipynb', '-p', 'model', 'x']\n")
 
 
 BAD = {
@@ -165,13 +159,15 @@ BAD = {
 def test_bad_parameters_end_in_one_line_before_anything(tmp_path):
     tiny(tmp_path / "pipelines" / "train.ipynb")
     runs = {words: start([*PAPERMILL, "pipelines/train.ipynb", *words.split()], tmp_path) for words in BAD}
-    stock = start([*PAPERMILL, "pipelines/train.ipynb", "out.ipynb", "-p", "stesp", "5"], tmp_path)
+    wrong = ["-p", "stesp", "5", "-p", "flag", "false"]
+    stock = start([*PAPERMILL, "pipelines/train.ipynb", "out.ipynb", *wrong], tmp_path)
     for words, process in runs.items():
         code, out, err = end(process)
         assert (code, out, err.count("\n")) == (64, "", 1), (words, err)
         assert err.startswith("papermill: ") and BAD[words] in err
     assert not (tmp_path / "reports").exists()
-    assert end(stock)[0] == 0, "stock papermill runs the default instead"
+    assert end(stock)[0] == 0, "stock papermill, with an output path, runs the defaults instead"
+    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[3].source == '# Parameters\nstesp = 5\nflag = "false"\n'
 
 
 def test_report_folder_that_cannot_be_written(tmp_path):
@@ -193,8 +189,12 @@ except KeyboardInterrupt:
 
 
 def test_sigterm_saves_the_checkpoint_and_finishes_the_report(tmp_path):
-    tiny(tmp_path / "pipelines" / "train.ipynb", TRAIN, "print('drawn')", SHOW)
-    process = start([*PAPERMILL, "pipelines/train.ipynb"], tmp_path)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        tiny(folder / "pipelines" / "train.ipynb", TRAIN, "print('drawn')", SHOW)
+    stock = start([*PAPERMILL, "pipelines/train.ipynb", "out.ipynb", "--stdout-file", "lines", *STOCK], theirs)
+    process = start([*PAPERMILL, "pipelines/train.ipynb"], ours)
     while "step 3" not in (line := process.stdout.readline()):
         assert line or process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -202,23 +202,17 @@ def test_sigterm_saves_the_checkpoint_and_finishes_the_report(tmp_path):
     assert code == 75 and out.endswith("saved\ndrawn\n"), (code, out, err)
     last = "papermill: SIGTERM: stopped; the same command continues the run; see reports/"
     assert err.splitlines()[-1].startswith(last)
-    assert int((tmp_path / "checkpoint").read_text()) >= 3
-    (left,) = (tmp_path / "reports").glob("*.ipynb")
+    assert int((ours / "checkpoint").read_text()) >= 3
+    (left,) = (ours / "reports").glob("*.ipynb")
     assert left.name.endswith(".FAILED.ipynb") and "drawn" in left.read_text()
-    assert "FAILED" in (tmp_path / "reports" / "index.html").read_text()
-
-
-def test_stock_papermill_loses_the_checkpoint(tmp_path):
-    tiny(tmp_path / "pipelines" / "train.ipynb", TRAIN.replace("2000", "200"), SHOW)
-    words = ["pipelines/train.ipynb", "out.ipynb", "--stdout-file", "lines", *STOCK]
-    process = start([*PAPERMILL, *words], tmp_path)
-    while not (tmp_path / "lines").exists() or "step 3" not in (tmp_path / "lines").read_text():
-        assert process.poll() is None
+    assert "FAILED" in (ours / "reports" / "index.html").read_text()
+    while not (theirs / "lines").exists() or "step 3" not in (theirs / "lines").read_text():
+        assert stock.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert end(process)[0] == -signal.SIGTERM
-    time.sleep(1)
-    assert not (tmp_path / "checkpoint").exists()
+    stock.send_signal(signal.SIGTERM)
+    assert end(stock)[0] == -signal.SIGTERM
+    time.sleep(0.5)
+    assert not (theirs / "checkpoint").exists(), "stock papermill ends without a word to the kernel"
 
 
 ENDS = {
