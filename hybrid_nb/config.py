@@ -220,7 +220,7 @@ def cast(
     except (TypeError, ValueError):
         raise ConfigError(f"{name}={value!r} is not of type {hint.__name__}") from None
 
-# %% ../nbs/01_config.ipynb #f54b8c72
+# %% ../nbs/01_config.ipynb #2eb2161d
 def _field_map() -> dict[str, tuple[str, Any]]:
     "Each bare field name: the record that has it, and its type."
     parts = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
@@ -236,7 +236,8 @@ def override(
         part, _, name = key.rpartition(".")
         where, hint = known.get(name, (None, None))
         options = [name for name in known] if not part else [f"{p}.{n}" for n, (p, _) in known.items()]
-        _check(where is not None and part in ("", where), f"unknown parameter {key!r}{closest(key, options)}")
+        if where is None or part not in ("", where):
+            raise ConfigError(f"unknown parameter {key!r}{closest(key, options)}")
         changes.setdefault(where, {})[name] = cast(name, value, hint)
     if "n_head" in changes.get("model", {}) and config.model.n_kv_head == config.model.n_head:
         changes["model"].setdefault("n_kv_head", None)
@@ -292,13 +293,14 @@ PRESETS: dict[str, Config] = {
                                                        d_ff=2176), _foundation_train, _wide),
 }
 
-# %% ../nbs/01_config.ipynb #2181badd
+# %% ../nbs/01_config.ipynb #419fe4a4
 def get_config(
     name: str = "smoke",  # a preset
     overrides: dict[str, Any] | None = None,  # 'train.lr' or 'lr': value
 ) -> Config:
     "The configuration of a preset, with some fields replaced."
-    _check(name in PRESETS, f"unknown preset {name!r}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return override(PRESETS[name], overrides or {})
 
 # %% ../nbs/01_config.ipynb #f9d666b4
@@ -306,14 +308,15 @@ def to_yaml(config: Config) -> str:
     "A configuration as YAML that `load_config` reads back."
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
-# %% ../nbs/01_config.ipynb #ad4628ca
+# %% ../nbs/01_config.ipynb #b2d975a1
 def from_dict(
     raw: dict[str, Any],  # 'name', 'model', 'train', 'data', as `asdict` gives them, and 'preset', which they change
 ) -> Config:
     "The configuration that plain dictionaries describe; what they leave out is the preset's."
     known = {"preset", "name", "model", "train", "data"}
     for key in raw:
-        _check(key in known, f"unknown key {key!r}{closest(str(key), known)}; a configuration has {', '.join(sorted(known))}")
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{closest(str(key), known)}; a configuration has {', '.join(sorted(known))}")
     values = {f"{part}.{k}": v for part in ("model", "train", "data") for k, v in (raw.get(part) or {}).items()}
     config = get_config(raw.get("preset", "smoke"), values)
     return replace(config, name=str(raw.get("name", config.name)))
