@@ -49,8 +49,8 @@ sync: $(VENV)/.dev
 reports: $(VENV)/.base
 	$(BIN)/hnb run train
 	$(BIN)/hnb run train -p model large
-	for file in pipelines/params/*.yaml; do test ! -e "$$file" || $(BIN)/hnb run train -f "$$file" || exit $$?; done
-	$(BIN)/hnb run benchmark
+	test ! -d data/tinystories || $(BIN)/hnb run train -p model pipelines/params/tinystories.yaml
+	$(BIN)/hnb run benchmark -p shape both -p full true
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb

@@ -28,11 +28,11 @@ from .decoder import make_decoder
 from .orthogonal import parameter_statistics
 from .train import DTYPES, fast_float32, make_optimizer, matmul_rate
 
-# %% ../nbs/19_benchmark.ipynb #f76c7495
+# %% ../nbs/19_benchmark.ipynb #2241ec94
 SHAPES: dict[str, Config] = {
-    "T": Config("T", ModelConfig(n_layer=4, d_model=256, n_head=4, n_kv_head=2, d_ff=688, vocab_size=4096, max_seq_len=256,
+    "t": Config("t", ModelConfig(n_layer=4, d_model=256, n_head=4, n_kv_head=2, d_ff=688, vocab_size=4096, max_seq_len=256,
                                  ffn="swiglu", norm="rmsnorm", norm_eps=1e-6), TrainConfig(batch_size=16, seq_len=256)),
-    "S": Config("S", ModelConfig(n_layer=6, d_model=512, n_head=8, d_ff=2048, vocab_size=10_000, max_seq_len=512, ffn_bias=True,
+    "s": Config("s", ModelConfig(n_layer=6, d_model=512, n_head=8, d_ff=2048, vocab_size=10_000, max_seq_len=512, ffn_bias=True,
                                  attn_bias=True, position="learned"), TrainConfig(batch_size=8, seq_len=512)),
 }
 
@@ -114,7 +114,7 @@ def race(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/19_benchmark.ipynb #7b0cb47e
+# %% ../nbs/19_benchmark.ipynb #d2c32f1e
 def peak_rates(device: torch.device) -> dict[str, float]:
     "Measured matmul rate of each precision, FLOP/s."
     rates = {"fp32 (default)": matmul_rate(torch.float32, device)}
@@ -134,7 +134,7 @@ def contenders(full: bool = False) -> list[Contender]:
                     Contender("transformers", "bf16", True, attention="eager")]
 
 def benchmark(
-    shape: str = "T",  # a key of SHAPES
+    shape: str = "t",  # a key of SHAPES
     full: bool = False,  # compiled contenders too: minutes instead of seconds
     rounds: int = 5,
     device: str = "cpu",

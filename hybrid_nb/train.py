@@ -7,7 +7,7 @@ __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'lr_at', 'parameter_g
            'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world', 'stop_requests', 'ignore_signals', 'update',
            'memory_gib', 'start_info', 'Progress', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #7251c5c4
+# %% ../nbs/15_train.ipynb #c120752f
 import argparse
 import hashlib
 import json
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict as dataclass_dict
 from dataclasses import dataclass
 from pathlib import Path
@@ -456,7 +456,17 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     tell("done")
     return "done"
 
-# %% ../nbs/15_train.ipynb #9f8f147f
+# %% ../nbs/15_train.ipynb #7634f7d5
+def _note_failure(folder: Path, error: Exception):
+    "Write an unforeseen end into run.json."
+    path = folder / "run.json"
+    if path.exists():
+        info = json.loads(path.read_text())
+        if info["status"] == "running":
+            with suppress(OSError):
+                write_json(path, info | {"status": "failed", "error": str(error) or type(error).__name__})
+
+# %% ../nbs/15_train.ipynb #053db573
 def train(
     config: Config,
     folder: str | Path,  # of the run; made, or continued where it holds a run of the same configuration
@@ -479,7 +489,12 @@ def train(
         return load_run(folder)
     with io_errors(f"run {folder}"), locked(folder) if main else nullcontext():
         with fast_float32(kind.type), stop_requests() as stop_signal:
-            _loop(config, folder, world, kind, on_update, Path(cache), trial, stop_signal)
+            try:
+                _loop(config, folder, world, kind, on_update, Path(cache), trial, stop_signal)
+            except Exception as error:
+                if main:
+                    _note_failure(folder, error)
+                raise
             world.sum(0.0)  # all leave together, with the state that the first wrote
     return load_run(folder)
 
