@@ -466,7 +466,7 @@ def _note_failure(folder: Path, error: Exception):
             with suppress(OSError):
                 write_json(path, info | {"status": "failed", "error": str(error) or type(error).__name__})
 
-# %% ../nbs/15_train.ipynb #053db573
+# %% ../nbs/15_train.ipynb #796a1b28
 def train(
     config: Config,
     folder: str | Path,  # of the run; made, or continued where it holds a run of the same configuration
@@ -485,7 +485,7 @@ def train(
         claim_folder(folder, config)
     if (folder / "run.json").exists() and load_run(folder).info["status"] == "done":
         if main:
-            print(f"{folder} is finished: nothing to do")
+            print(f"{folder.name} is finished: nothing to do")
         return load_run(folder)
     with io_errors(f"run {folder}"), locked(folder) if main else nullcontext():
         with fast_float32(kind.type), stop_requests() as stop_signal:

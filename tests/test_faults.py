@@ -263,7 +263,7 @@ def test_signals_stop_and_the_same_command_continues(tmp_path, command, wholes):
     assert result(load_run(folder)) == result(wholes())
     before = tree(folder)
     again = start(command(config))
-    assert again.wait() == 0 and again.out == f"{folder} is finished: nothing to do\n"
+    assert again.wait() == 0 and again.out == f"{folder.name} is finished: nothing to do\n"
     assert tree(folder) == before
 
 

@@ -117,7 +117,7 @@ def test_a_finished_run_says_so_once(whole, command):
     before = tree(whole.path)
     ranks = two(command("whole"))
     assert ended(ranks) == [0, 0]
-    assert [p.out for p in ranks] == [f"{whole.path} is finished: nothing to do\n", ""]
+    assert [p.out for p in ranks] == [f"{whole.path.name} is finished: nothing to do\n", ""]
     assert tree(whole.path) == before
 
 
