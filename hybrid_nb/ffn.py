@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GELUFeedForward', 'SwiGLUFeedForward', 'feed_forward']
 
-# %% ../nbs/08_ffn.ipynb #c1af5b34
+# %% ../nbs/08_ffn.ipynb #4073629a
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
 
-# %% ../nbs/08_ffn.ipynb #df02102e
+# %% ../nbs/08_ffn.ipynb #c2fa4d99
 class GELUFeedForward(nn.Module):
     "Two matrices around a GELU."
 
@@ -23,7 +23,7 @@ class GELUFeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:  # (B, T, D)
         return self.down_proj(F.gelu(self.up_proj(x_BTD)))
 
-# %% ../nbs/08_ffn.ipynb #1fafe766
+# %% ../nbs/08_ffn.ipynb #c1bd0837
 class SwiGLUFeedForward(nn.Module):
     "Three matrices: a SiLU gate on a linear path."
 
@@ -36,7 +36,7 @@ class SwiGLUFeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:  # (B, T, D)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
-# %% ../nbs/08_ffn.ipynb #7e3c0ad7
+# %% ../nbs/08_ffn.ipynb #cbd93b6d
 def feed_forward(config: ModelConfig) -> nn.Module:
     "The feed-forward network that a configuration names."
     return {"gelu": GELUFeedForward, "swiglu": SwiGLUFeedForward}[config.ffn](config)

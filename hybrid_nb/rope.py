@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['rope_frequencies', 'rope_table', 'apply_rope']
 
-# %% ../nbs/05_rope.ipynb #0789b237
+# %% ../nbs/05_rope.ipynb #b411bab9
 import torch
 from torch import Tensor
 
-# %% ../nbs/05_rope.ipynb #7dc7bb11
+# %% ../nbs/05_rope.ipynb #d63436e0
 def rope_frequencies(
     d_head: int,  # K, even
     theta: float = 10_000.0,  # base: the slowest pair turns by about 1/theta a position
@@ -20,7 +20,7 @@ def rope_frequencies(
         raise ValueError(f"d_head={d_head} is odd: RoPE turns pairs of channels")
     return 1.0 / theta ** (torch.arange(0, d_head, 2, device=device, dtype=torch.float32) / d_head)
 
-# %% ../nbs/05_rope.ipynb #3345311a
+# %% ../nbs/05_rope.ipynb #daa4ea51
 def rope_table(
     positions_BT: Tensor,  # (B, T) or (T,) integer positions, any range
     d_head: int,  # K
@@ -31,7 +31,7 @@ def rope_table(
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
-# %% ../nbs/05_rope.ipynb #0595bd4d
+# %% ../nbs/05_rope.ipynb #47aded31
 def apply_rope(
     x_BHTK: Tensor,
     cos: Tensor,  # (B, T, K) or (T, K)
