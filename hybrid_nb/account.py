@@ -313,7 +313,7 @@ _FIELDS = {"data": "data.source", "text_key": "data.text_key", "tokenizer": "dat
            "batch_size": "train.batch_size", "lr": "train.lr", "seed": "train.seed", "precision": "train.precision",
            "compile": "train.compile"}
 
-# %% ../nbs/12_account.ipynb #43032935
+# %% ../nbs/12_account.ipynb #87a9cf38
 def default_device() -> str:
     "The type of the device that training takes when none is named: 'cuda' or 'cpu'."
     import torch
@@ -332,7 +332,7 @@ def plan_run(
     "The run that a user's parameters ask for."
     for name in values:
         if name not in _FIELDS:
-            raise ConfigError(f"unknown parameter {name!r}{closest(name, _FIELDS)}")
+            raise ConfigError(f"unknown parameter {name!r}{closest(name, [*_FIELDS, 'model', 'steps', 'overrides', 'full', 'run'])}")
     given = {k: v for k, v in values.items() if v not in (("", -1, None) if k == "seed" else ("", 0, None))}
     config = load_config(model) if model.endswith((".yaml", ".yml")) else get_config(model)
     steps = cast("steps", steps, int)
