@@ -672,7 +672,7 @@ def read_reports(
     "The reports of a folder, in order of their names."
     return [row for path in sorted(Path(reports).glob("*.ipynb")) if (row := _report_row(path))]
 
-# %% ../nbs/18_pipeline.ipynb #d4b2416e
+# %% ../nbs/18_pipeline.ipynb #9d32a152
 _COLUMNS = ("val_ppl", "floor_ppl", "tokens", "params")
 
 def _notes(row: dict[str, Any]) -> str:
@@ -680,7 +680,7 @@ def _notes(row: dict[str, Any]) -> str:
     headline = row["headline"]
     if any(headline.get(c) is not None for c in _COLUMNS):
         return "short trial" if row.get("trial") else ""
-    return ", ".join([f"{k} {_number_text(v)}" for k, v in headline.items() if v is not None][:4])
+    return ", ".join([f"{k} {_number_text(v)}" for k, v in headline.items() if v is not None][:8])
 
 def _index_row(row: dict[str, Any]) -> str:
     "One report as a row of the index."
