@@ -1061,7 +1061,7 @@ def _inject(nb, kernel_name: str, parameters: dict[str, Any]):
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.source = translate_parameters(kernel_name, nb_language(nb), parameters, "Parameters").strip()
 
-# %% ../nbs/18_pipeline.ipynb #807b3d2a
+# %% ../nbs/18_pipeline.ipynb #ce7ec78b
 _PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill's --inject-paths
 
 def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
@@ -1080,10 +1080,13 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
     try:
         outcome = execute(nb, kernel_name, **options)
         nb.metadata.papermill["duration"] = round(time.monotonic() - start, 1)
+        found = shown_result(nb)
         publish(tidy(nb, parameters, report.parent.parent), report, outcome)
     finally:
         claim.release()
     Published(output)
+    numbers = ", ".join(f"{k} {_number_text(v)}" for k, v in found["headline"].items() if v is not None)
+    print(f"verdict {found['verdict']}: {numbers}")
     print(f"report  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}", flush=True)
     return nb
 
