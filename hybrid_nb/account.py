@@ -31,7 +31,7 @@ class ParamRow:
         "Its number of elements."
         return math.prod(self.shape)
 
-# %% ../nbs/12_account.ipynb #43db1dd8
+# %% ../nbs/12_account.ipynb #0ed4f88c
 def _projection_rows(config: Config, layer: int | None, roles: str) -> list[ParamRow]:
     m, rows = config.model, []
     for role in roles:
@@ -42,9 +42,6 @@ def _projection_rows(config: Config, layer: int | None, roles: str) -> list[Para
             rows.append(ParamRow(layer, f"attention.{role}", (out, inner), state.startswith("frozen")))
             rows += [ParamRow(layer, f"attention.{role}.bias", (out,))] if m.attn_bias else []
     return rows
-
-def _is_shared(config: Config, role: str) -> bool:
-    return config.model.ortho_shared and config.model.state(role).startswith("frozen")
 
 # %% ../nbs/12_account.ipynb #60504ae2
 def _norm_rows(config: Config, layer: int | None, name: str) -> list[ParamRow]:
@@ -59,12 +56,12 @@ def _ffn_rows(config: Config, layer: int) -> list[ParamRow]:
         rows += [ParamRow(layer, f"ffn.{name}.bias", shape[:1])] if m.ffn_bias else []
     return rows
 
-# %% ../nbs/12_account.ipynb #1b6e8193
+# %% ../nbs/12_account.ipynb #e7004479
 @functools.lru_cache(maxsize=32)
 def param_rows(config: Config) -> tuple[ParamRow, ...]:
     "Every weight of the model that a configuration describes."
     m = config.model
-    shared = "".join(role for role in "qkvo" if _is_shared(config, role))
+    shared = "".join(role for role in "qkvo" if config.model.is_shared(role))
     rows = [ParamRow(None, "embedding.tokens", (m.vocab_size, m.d_model))]
     rows += [ParamRow(None, "embedding.positions", (m.max_seq_len, m.d_model))] if m.position == "learned" else []
     rows += _projection_rows(config, None, shared)

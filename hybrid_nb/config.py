@@ -52,7 +52,7 @@ def _check_positive(record, *names: str):
     for name in names:
         _check(getattr(record, name) >= 1, f"{name}={getattr(record, name)} must be at least 1")
 
-# %% ../nbs/01_config.ipynb #1fd7a14d
+# %% ../nbs/01_config.ipynb #a8f00b88
 Projection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian"]
 OutputProjection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian", "none"]
 
@@ -109,6 +109,10 @@ class ModelConfig:
     ) -> str:  # one of the states of the table above
         "The state of one attention projection."
         return getattr(self, role)
+
+    def is_shared(self, role: str) -> bool:
+        "Whether all layers use one projection of this role."
+        return self.ortho_shared and self.state(role).startswith("frozen")
 
 # %% ../nbs/01_config.ipynb #4ae10138
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['DecoderConfig', 'RMSNorm', 'make_norm', 'DecoderBlock', 'DecoderPreT
            'linear_cross_entropy', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama',
            'checkpoint_activations']
 
-# %% ../nbs/09_decoder.ipynb #4d5e80b1
+# %% ../nbs/09_decoder.ipynb #b7bb99d5
 import re
 from dataclasses import fields
 from functools import partial
@@ -30,7 +30,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import Attention, is_shared, projection
+from .attention import Attention, projection
 from .config import ConfigError, ModelConfig, asdict
 from .ffn import feed_forward
 from .orthogonal import OrthogonalLinear, seeded_weights
@@ -134,7 +134,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
-# %% ../nbs/09_decoder.ipynb #70a9c837
+# %% ../nbs/09_decoder.ipynb #e08d7441
 class DecoderModel(DecoderPreTrainedModel):
     "Token ids to hidden states."
 
@@ -143,7 +143,7 @@ class DecoderModel(DecoderPreTrainedModel):
         shape = config.shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.d_model)
         self.embed_positions = nn.Embedding(shape.max_seq_len, shape.d_model) if shape.position == "learned" else None
-        self.shared = nn.ModuleDict({role: projection(shape, role) for role in "qkvo" if is_shared(shape, role)})
+        self.shared = nn.ModuleDict({role: projection(shape, role) for role in "qkvo" if shape.is_shared(role)})
         self.layers = nn.ModuleList(DecoderBlock(shape, i) for i in range(shape.n_layer))
         self.norm = make_norm(shape)
         self.gradient_checkpointing = False

@@ -207,7 +207,7 @@ def ignore_signals(worker: int):
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, signal.SIG_IGN)
 
-# %% ../nbs/15_train.ipynb #0a46b972
+# %% ../nbs/15_train.ipynb #9a760fb2
 def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     "Everything of model and optimizer that a step changes, as named tensors."
     seen, weights = set(), {}
@@ -229,7 +229,7 @@ def _unpack(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: t
     state = {}
     for name, p in model.named_parameters():
         entries = {k.rpartition(".")[2]: t for k, t in groups["optimizer"].items() if k.rpartition(".")[0] == name}
-        state[p] = {k: t.to(p.device) if k != "step" or optimizer.defaults["fused"] else t for k, t in entries.items()}
+        state[p] = {k: t.to(p.device) for k, t in entries.items()}
     optimizer.state.update(state)
     torch.set_rng_state(groups["generators"]["cpu"])
     if "cuda" in groups["generators"] and torch.cuda.is_available():
