@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loss', 'evaluate', 'sample_text']
 
-# %% ../nbs/14_evaluate.ipynb #298a2a0c
+# %% ../nbs/14_evaluate.ipynb #66ae32d1
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/14_evaluate.ipynb #30ab0bdb
+# %% ../nbs/14_evaluate.ipynb #495049ff
 class Loss(NamedTuple):
     "What a model loses on a text."
     nats: float  # a token, mean
     tokens: int
+    gates: list[list[float]] | None = None  # a layer of a hybrid model: mean of the gate, of its square, of its entropy; over sequences
 
     @property
     def ppl(self) -> float:
@@ -32,7 +33,7 @@ class Loss(NamedTuple):
         "Bits that coding the text by this model takes, a byte of text."
         return self.nats * self.tokens / (math.log(2) * n_bytes)
 
-# %% ../nbs/14_evaluate.ipynb #39dda1cf
+# %% ../nbs/14_evaluate.ipynb #05ea38e4
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # called as model(input_ids, shift_labels=..., num_items_in_batch=1)
@@ -41,19 +42,21 @@ def evaluate(
     context=None,  # an autocast to run in
 ) -> Loss:
     "The mean loss over all targets, summed in float64."
-    was_training, total, count = model.training, 0.0, 0
+    was_training, total, count, gates = model.training, 0.0, 0, []
     model.eval()
     with context or nullcontext():
         for inputs, targets in batches:
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            total += model(inputs, shift_labels=targets, num_items_in_batch=1, use_cache=False, logits_to_keep=1).loss.double()
+            out = model(inputs, shift_labels=targets, num_items_in_batch=1, use_cache=False, logits_to_keep=1)
+            total += out.loss.double()
             count += int((targets != -100).sum())
+            gates += [out.gates] if "gates" in out else []
     model.train(was_training)
     if not count:
         raise ValueError("nothing to evaluate: no targets in the batches")
-    return Loss(float(total) / count, count)
+    return Loss(float(total) / count, count, torch.cat(gates, dim=1).mean(1).tolist() if gates else None)
 
-# %% ../nbs/14_evaluate.ipynb #96f39e27
+# %% ../nbs/14_evaluate.ipynb #98398ed1
 def sample_text(
     model: nn.Module,
     tokenizer,  # a tokenizers.Tokenizer

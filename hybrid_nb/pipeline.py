@@ -12,7 +12,7 @@ __all__ = ['RESULT_MIME', 'app', 'LOSS_TOLERANCE', 'Parameter', 'declared', 'adm
            'preset_rows', 'presets', 'plan_text', 'plan', 'doctor_rows', 'doctor', 'sample_run', 'sample',
            'read_result', 'verify_quick', 'hardware_key', 'compare_runs', 'verify_replay', 'verify', 'main']
 
-# %% ../nbs/18_pipeline.ipynb #7a2e5e8c
+# %% ../nbs/18_pipeline.ipynb #7ba08569
 import ast
 import atexit
 import base64
@@ -42,7 +42,7 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
-from .config import PRESETS, ConfigError, cast, closest, override
+from .config import PRESETS, ConfigError, HybridConfig, cast, closest, override
 from hybrid_nb.runs import (
     BAD_DATA,
     IO,
@@ -1225,7 +1225,7 @@ hnb run train -f pipelines/params/tinystories.yaml
     name, parameters = _words(ctx, "PIPELINE")
     run_pipeline(name, parameters, output)
 
-# %% ../nbs/18_pipeline.ipynb #68b4908e
+# %% ../nbs/18_pipeline.ipynb #f64253b4
 def preset_rows() -> list[dict[str, Any]]:
     "Shape, size and schedule of each preset."
     from hybrid_nb.account import count_params
@@ -1235,8 +1235,10 @@ def preset_rows() -> list[dict[str, Any]]:
         m, t, count = config.model, config.train, count_params(config)
         rows.append({
             "preset": name, "layers": m.n_layer, "width": m.d_model, "heads": f"{m.n_head}/{m.n_kv_head}",
-            "ffn": f"{m.ffn} {m.d_ff}", "vocab": m.vocab_size, "parameters": count.total, "trainable": count.trainable,
-            "frozen": "".join(r for r in "qkvo" if m.state(r).startswith("frozen")) or "-", "steps": t.steps,
+            "ffn": f"gelu {m.mlp_ratio * m.d_model}" if isinstance(m, HybridConfig) else f"{m.ffn} {m.d_ff}", "vocab": m.vocab_size,
+            "parameters": count.total, "trainable": count.trainable,
+            "frozen": "-" if isinstance(m, HybridConfig) else "".join(r for r in "qkvo" if m.state(r).startswith("frozen")) or "-",
+            "steps": t.steps,
             "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "lr": f"{t.lr:g}", "schedule": t.schedule,
             "precision": t.precision})
     return rows
@@ -1359,7 +1361,7 @@ def doctor():
     """Say what is installed and what this machine can do; rates are measured."""
     print(_columns([{"what": name, "found": value} for name, value in doctor_rows()]))
 
-# %% ../nbs/18_pipeline.ipynb #9c77bf37
+# %% ../nbs/18_pipeline.ipynb #9c9d2d8c
 def sample_run(
     path: Path,  # of a run folder
     **options: Any,  # prompt, tokens, temperature, top_k, seed: see evaluate.sample_text
@@ -1370,8 +1372,8 @@ def sample_run(
     import torch
 
     from hybrid_nb.data import END, load_tokenizer, prepare
-    from hybrid_nb.decoder import make_decoder
     from hybrid_nb.evaluate import sample_text
+    from hybrid_nb.hybrid import make_model
     from hybrid_nb.runs import latest_checkpoint
 
     found, skipped = latest_checkpoint(run.path)
@@ -1384,7 +1386,7 @@ def sample_run(
         kept = prepare(config.data, config.model.vocab_size, config.train.seq_len, cache).folder
     tokenizer = load_tokenizer(kept)
     end = tokenizer.token_to_id(END)
-    model = make_decoder(config.model, bos_token_id=end, eos_token_id=end)
+    model = make_model(config.model, bos_token_id=end, eos_token_id=end)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(found.groups["model"][name])

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'MONITORS', 'DECISIVE', 'SCHEMA', 'SUMMARY', 'Table', 'config_table',
            'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table', 'samples_table', 'headline',
-           'Picture', 'draw_curves', 'plot_curves', 'Alarm', 'alarms', 'alarm_table', 'tolerance', 'verdict',
-           'verdict_table', 'bundle', 'StoredRun', 'recompute', 'results', 'progress_line', 'LiveReport']
+           'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table', 'gate_section', 'Alarm', 'alarms',
+           'alarm_table', 'tolerance', 'verdict', 'verdict_table', 'bundle', 'StoredRun', 'recompute', 'results',
+           'progress_line', 'LiveReport']
 
-# %% ../nbs/17_report.ipynb #a3ddd7eb
+# %% ../nbs/17_report.ipynb #9a0e7958
 import html
 import io
 import json
@@ -19,9 +20,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import pandas as pd
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
@@ -261,6 +263,41 @@ def plot_curves(run) -> Picture:
     known = [f"{n} {found[n]:.4g}" for n in names if found[n] is not None]
     return Picture(draw_curves(run), ", ".join([f"{run.info['name']} at step {found['steps_done']}", *known]))
 
+# %% ../nbs/17_report.ipynb #936c3dcb
+def draw_gates(run) -> Figure:
+    "Each layer's mean gate as training went on, and its spread at the end."
+    records = run.records("gates")
+    steps, layers = [r["step"] for r in records], range(len(records[-1]["mean"]))
+    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
+    colors = matplotlib.colormaps["viridis"].resampled(len(layers) + 1)
+    for i in layers:
+        left.plot(steps, [r["mean"][i] for r in records], color=colors(i), marker="o", ms=3, lw=1.2)
+        left.annotate(f"{i}", (steps[-1], records[-1]["mean"][i]), xytext=(6, 0), textcoords="offset points", color=colors(i),
+                      fontsize=8, va="center")
+        right.errorbar(i, records[-1]["mean"][i], records[-1]["std"][i], color=colors(i), marker="o", ms=4, capsize=3)
+    for ax in (left, right):
+        ax.axhspan(0.4, 0.6, color="#000000", alpha=0.06, lw=0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    left.set(xlabel="step", ylabel="gate (1: Mamba, 0: attention)", ylim=(0, 1), title="mean, by layer")
+    right.set(xlabel="layer", xticks=list(layers), title=f"mean and standard deviation at step {steps[-1]:,}")
+    return figure
+
+def gate_table(run) -> Table:
+    "The gates of every layer at the last evaluation."
+    last = run.records("gates")[-1]
+    rows = [{"layer": i, "mean": m, "standard deviation": s, "entropy (nats)": e}
+            for i, (m, s, e) in enumerate(zip(last["mean"], last["std"], last["entropy"], strict=True))]
+    return Table(rows, dict.fromkeys(("mean", "standard deviation", "entropy (nats)"), "{:.4f}"))
+
+def gate_section(run) -> list:  # what to display; empty for a model without gates
+    "Heading, picture and table of a hybrid model's gates."
+    if not run.records("gates"):
+        return []
+    means = ", ".join(f"{m:.3f}" for m in run.records("gates")[-1]["mean"])
+    return [Markdown("## What the gates do"), Picture(draw_gates(run), f"mean gate by layer at the end: {means}"), gate_table(run)]
+
 # %% ../nbs/17_report.ipynb #dc4cbed7
 class Alarm(NamedTuple):
     "What one monitor says of a run."
@@ -383,13 +420,13 @@ def verdict_table(run) -> Table:
     found = verdict(run)
     return Table([{"verdict": "" if i else found["verdict"], "because": why} for i, why in enumerate(found["because"])])
 
-# %% ../nbs/17_report.ipynb #bc601d28
+# %% ../nbs/17_report.ipynb #9b039db2
 SCHEMA = 1  # of a bundle
 
 def bundle(run) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of a run: `run.json`, and `metrics.jsonl` as columns."
     columns: dict[str, dict[str, list]] = {}
-    for kind in ("train", "eval", "sample", "event"):
+    for kind in ("train", "eval", "sample", "event", "gates"):
         records = run.records(kind)
         names = dict.fromkeys(name for r in records for name in r if name != "kind")
         columns[kind] = {name: [_round(r.get(name)) for r in records] for name in names}
@@ -406,10 +443,10 @@ class StoredRun:
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         "Records of one kind, as a run folder gives them."
-        columns = self.columns[kind]
+        columns = self.columns.get(kind, {})
         return [{"kind": kind} | dict(zip(columns, r, strict=True)) for r in zip(*columns.values(), strict=True)]
 
-# %% ../nbs/17_report.ipynb #6cb2916d
+# %% ../nbs/17_report.ipynb #29356ece
 SUMMARY = ("val_ppl", "floor_ppl", "tokens", "params", "steps_done", "tokens_per_s", "mfu", "precision")
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
@@ -419,6 +456,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     tables = {"configuration": config_table(config), "parameters": parameter_table(config), "alarms": alarm_table(run),
               "evaluations": Table(run.records("eval")), "samples": samples_table(run),
               "provenance": provenance_table(run)}
+    tables |= {"gates": gate_table(run)} if run.records("gates") else {}
     return {"headline": found, "summary": {name: found[name] for name in SUMMARY}, **verdict(run),
             "tables": {name: [table.columns, *table.cells] for name, table in tables.items()}}
 

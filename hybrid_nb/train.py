@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'lr_at', 'parameter_groups', 'make_optimizer', 'fast_float32',
            'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world', 'stop_requests', 'ignore_signals', 'update',
-           'memory_gib', 'start_info', 'Progress', 'train', 'main']
+           'device_memory', 'check_memory', 'memory_gib', 'start_info', 'Progress', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #c120752f
+# %% ../nbs/15_train.ipynb #f54913cb
 import argparse
 import hashlib
 import json
@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
-from .account import count_params, run_flops
+from .account import GIB, count_params, memory, run_flops
 from .config import Config, TrainConfig, asdict, config_hash, load_config
 from .data import END, TokenData, batch_hash, load_tokenizer, loader, prepare
-from .decoder import checkpoint_activations, learned_state, make_decoder
+from .decoder import checkpoint_activations, learned_state
 from .evaluate import evaluate, sample_text
+from .hybrid import make_model
 from .orthogonal import seeded_weights
 from hybrid_nb.runs import (
                             BAD_DATA,
@@ -78,12 +79,14 @@ def lr_at(
     }[config.schedule]()
     return config.lr * share * min(1.0, (s + 1) / max(config.warmup_steps, 1))
 
-# %% ../nbs/15_train.ipynb #4c6ad407
+# %% ../nbs/15_train.ipynb #4d7dee8e
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    "The documents' two groups: matrices with weight decay, biases and norms without."
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    "The documents' two groups: matrices with weight decay; biases, norms and the decay rates of a scan without."
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.dim() >= 2 and not name.endswith("A_log")].append(p)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     "AdamW over the two groups, in PyTorch's fused form."
@@ -235,7 +238,7 @@ def _unpack(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: t
     if "cuda" in groups["generators"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(groups["generators"]["cuda"])
 
-# %% ../nbs/15_train.ipynb #4a8265ab
+# %% ../nbs/15_train.ipynb #da710c55
 MAX_OVERFLOWS = 20  # in a row; then the scale has vanished and training has failed
 
 def _noise_seed(seed: int, step: int, rank: int, micro: int) -> int:
@@ -263,9 +266,9 @@ def update(
         torch.manual_seed(_noise_seed(config.seed, step, world.rank, micro))
         last = micro == len(inputs) - 1
         with nullcontext() if last or world.size == 1 else model.no_sync(), context():
-            loss = model(x, shift_labels=y, num_items_in_batch=count / world.size, use_cache=False).loss
-        scaler.scale(loss).backward()
-        total += loss.detach().double() / world.size
+            out = model(x, shift_labels=y, num_items_in_batch=count / world.size, use_cache=False)
+        scaler.scale(out.loss).backward()
+        total += out.get("token_loss", out.loss).detach().double() / world.size
     scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(params, config.grad_clip))
     (total,) = world.sum(float(total))
@@ -277,6 +280,22 @@ def update(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm, overflow
+
+# %% ../nbs/15_train.ipynb #25925d5c
+def device_memory(device: torch.device) -> int:  # bytes
+    "All memory of a GPU, or of this machine."
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+def check_memory(config: Config, device: torch.device):
+    "Raise unless weights, gradients and optimizer state fit the device; activations are not counted."
+    parts, have = memory(config, device_type=device.type), device_memory(device)
+    need = {name: parts[name] for name in ("weights", "frozen weights", "gradients", "AdamW moments")}
+    if sum(need.values()) > have:
+        sizes = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items() if size)
+        raise RunError(f"{config.name} needs {sum(need.values()) / GIB:.1f} GiB ({sizes}) before its first activation, "
+                       f"and {device.type} has {have / GIB:.1f} GiB")
 
 # %% ../nbs/15_train.ipynb #0c4ad912
 def memory_gib(device: torch.device) -> float:
@@ -322,7 +341,7 @@ def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler) 
     scaler.load_state_dict(found.state["scaler"])
     return Progress(**found.state["progress"]), [*notes, f"continued from step {found.step}"]
 
-# %% ../nbs/15_train.ipynb #7a9294bc
+# %% ../nbs/15_train.ipynb #a6faf4f8
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal) -> str:
     "Run the updates that remain; returns the state that the run ends in."
     t, main = config.train, world.rank == 0
@@ -330,7 +349,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     tokenizer = load_tokenizer(data.folder)
     end = tokenizer.token_to_id(END)
     torch.manual_seed(t.seed)
-    model = make_decoder(config.model, bos_token_id=end, eos_token_id=end).to(device).train()
+    model = make_model(config.model, bos_token_id=end, eos_token_id=end).to(device).train()
     optimizer = make_optimizer(model, t)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if main:
@@ -382,6 +401,9 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
         share = loss.tokens / data.valid_tokens
         record("eval", val_loss=loss.nats, val_ppl=loss.ppl, bits_per_byte=loss.bits_per_byte(data.valid_bytes * share),
                tokens=loss.tokens, elapsed_s=progress.elapsed_s)
+        if loss.gates:
+            mean, square, entropy = zip(*loss.gates, strict=True)
+            record("gates", mean=mean, std=[math.sqrt(max(s - m * m, 0.0)) for m, s in zip(mean, square, strict=True)], entropy=entropy)
         if progress.step % sample_every == 0 or progress.step == t.steps:
             record("sample", prompt=prompt, text=sample_text(model, tokenizer, prompt, seed=t.seed))
 
@@ -466,7 +488,7 @@ def _note_failure(folder: Path, error: Exception):
             with suppress(OSError):
                 write_json(path, info | {"status": "failed", "error": str(error) or type(error).__name__})
 
-# %% ../nbs/15_train.ipynb #796a1b28
+# %% ../nbs/15_train.ipynb #a5b848de
 def train(
     config: Config,
     folder: str | Path,  # of the run; made, or continued where it holds a run of the same configuration
@@ -481,6 +503,7 @@ def train(
     check_name(folder.name)
     world, kind = join_world(device)
     main = world.rank == 0
+    check_memory(config, kind)
     if main:
         claim_folder(folder, config)
     if (folder / "run.json").exists() and load_run(folder).info["status"] == "done":
