@@ -12,7 +12,7 @@ __all__ = ['RESULT_MIME', 'app', 'LOSS_TOLERANCE', 'Parameter', 'declared', 'adm
            'preset_rows', 'presets', 'plan_text', 'plan', 'doctor_rows', 'doctor', 'sample_run', 'sample',
            'read_result', 'verify_quick', 'hardware_key', 'compare_runs', 'verify_replay', 'verify', 'main']
 
-# %% ../nbs/18_pipeline.ipynb #7ba08569
+# %% ../nbs/18_pipeline.ipynb #75761ab5
 import ast
 import atexit
 import base64
@@ -21,6 +21,7 @@ import copy
 import fcntl
 import hashlib
 import html
+import importlib
 import json
 import logging
 import math
@@ -1439,15 +1440,16 @@ def _in_order(table: list[list[str]] | None) -> list[list[str]]:
     head, *rows = zip(*columns, strict=True) if columns else [()]
     return [list(head), *sorted(map(list, rows))]
 
-# %% ../nbs/18_pipeline.ipynb #4efc5d7e
+# %% ../nbs/18_pipeline.ipynb #147960fd
+_READERS = {"study": "hybrid_nb.study"}  # kind of bundle: the module that recomputes it; a run's has no kind
+
 def verify_quick(
     report: str | Path,
 ) -> str:  # one line; RunError where something differs
     "Makes a report's tables, headline and verdict again from its stored records."
-    from hybrid_nb.report import recompute
-
     result = read_result(report)
-    then, now = result["results"], recompute(result["bundle"])
+    reader = importlib.import_module(_READERS.get(result["bundle"].get("kind"), "hybrid_nb.report"))
+    then, now = result["results"], reader.recompute(result["bundle"])
     tables = {name: [_in_order(r["tables"].get(name)) for r in (then, now)] for name in now["tables"] | then["tables"]}
     pairs = {name: (then.get(name), now.get(name)) for name in now | then if name != "tables"}
     pairs |= {f"table {name}": pair for name, pair in tables.items()}

@@ -158,20 +158,30 @@ def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, dB, dC):
         ddt[:, :, i] = (through * A).sum(-1) + x[:, :, i] * from_input
     return dx, ddt, dA, g[:, 0]
 
-# %% ../nbs/07_ssm.ipynb #a6eff15f
+# %% ../nbs/07_ssm.ipynb #036d73c3
 WIDEST = 64  # states that one call of the native kernel carries
-_SOURCE = r"""
+_VECTORS = r"""
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <thread>
 #include <vector>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef float half __attribute__((vector_size(32)));
+#if defined __AVX512F__
+constexpr int LANES = 16;
+#elif defined __AVX__
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int BLOCK = 16, CHUNK = 32;
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int64_t i64;
-constexpr int LANES = 16, BLOCK = 16, CHUNK = 32;
+
 struct Shape {
     i64 B, T, E, N, threads;
     i64 blocks() const { return (E + BLOCK - 1) / BLOCK; }
@@ -180,24 +190,41 @@ struct Shape {
 
 static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-static inline float sum(vec v) {
-    half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    h += __builtin_shufflevector(h, h, 4, 5, 6, 7, 0, 1, 2, 3);
-    h += __builtin_shufflevector(h, h, 2, 3, 0, 1, 6, 7, 4, 5);
-    return h[0] + h[1];
-}
-static inline vec exp2v(vec x) {
-    const vec low = vec{} - 126.f, magic = vec{} + 12582912.f;
-    x = low > x ? low : x;
-    vec z = x + magic, f = x - (z - magic);
+// 2^f for f in [-0.5, 0.5]
+static inline vec power(vec f) {
     vec p = 0.00015345812f * f + 0.00133999312f;
     p = p * f + 0.00961848896f;
     p = p * f + 0.0555032878f;
     p = p * f + 0.240226469f;
     p = p * f + 0.693147206f;
-    p = p * f + 1.f;
-    return (vec)((ivec)p + ((ivec)z << 23));
+    return p * f + 1.f;
 }
+#ifdef __AVX512F__
+static inline vec exp2v(vec x) {
+    __m512 z = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (vec)_mm512_scalef_ps((__m512)power(x - (vec)z), z);
+}
+// the sums of a and of b
+static inline void sums(vec a, vec b, float* sa, float* sb) {
+    vec v = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+          + __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    *sa = v[0] + v[1], *sb = v[8] + v[9];
+}
+#else
+static inline vec exp2v(vec x) {
+    const vec low = vec{} - 126.f, magic = vec{} + 12582912.f;
+    x = low > x ? low : x;
+    vec z = x + magic;
+    return (vec)((ivec)power(x - (z - magic)) + ((ivec)z << 23));
+}
+static inline void sums(vec a, vec b, float* sa, float* sb) {
+    float p = 0, q = 0;
+    for (int i = 0; i < LANES; i++) p += a[i], q += b[i];
+    *sa = p, *sb = q;
+}
+#endif
 
 // rows [0, n) of BLOCK channels, of which m exist, between (time, E) and (time, BLOCK)
 static inline void gather(float* to, const float* from, i64 E, int n, int m) {
@@ -206,13 +233,17 @@ static inline void gather(float* to, const float* from, i64 E, int n, int m) {
 static inline void scatter(float* to, const float* from, i64 E, int n, int m) {
     for (int t = 0; t < n; t++) memcpy(to + t * E, from + t * BLOCK, m * sizeof(float));
 }
+"""
 
-template <int V> void forward_block(const Shape& s, i64 b, i64 e0, const float* x, const float* dt, const float* A,
+# %% ../nbs/07_ssm.ipynb #33e32244
+_FORWARD = r"""
+template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* x, const float* dt, const float* A,
         const float* B, const float* C, const float* state, float* y, float* last, float* borders) {
-    constexpr int N = V * LANES;
+    constexpr int V = N / LANES;
     const int m = std::min<i64>(BLOCK, s.E - e0);
     const i64 chunks = s.chunks();
     alignas(64) float xs[CHUNK * BLOCK], ds[CHUNK * BLOCK], ys[CHUNK * BLOCK];
+    vec outs[CHUNK] = {};
     float* hs = last + (b * s.E + e0) * N;
     memcpy(hs, state + (b * s.E + e0) * N, m * N * sizeof(float));
     for (i64 c = 0; c < chunks; c++) {
@@ -231,18 +262,22 @@ template <int V> void forward_block(const Shape& s, i64 b, i64 e0, const float* 
                     h[v] = exp2v(a[v] * d) * h[v] + load(Bs + t * N + v * LANES) * u;
                     out += load(Cs + t * N + v * LANES) * h[v];
                 }
-                ys[t * BLOCK + e] = sum(out);
+                outs[t] = out;
             }
+            for (int t = 0; t < CHUNK; t += 2) sums(outs[t], outs[t + 1], ys + t * BLOCK + e, ys + (t + 1) * BLOCK + e);
             for (int v = 0; v < V; v++) store(hs + e * N + v * LANES, h[v]);
         }
         scatter(y + row, ys, s.E, n, m);
     }
 }
+"""
 
-template <int V> void backward_block(const Shape& s, i64 b, i64 e0, const float* dy, const float* dlast, const float* x,
+# %% ../nbs/07_ssm.ipynb #26ab2c4a
+_BACKWARD = r"""
+template <int N> void backward_block(const Shape& s, i64 b, i64 e0, const float* dy, const float* dlast, const float* x,
         const float* dt, const float* A, const float* B, const float* C, const float* borders,
         float* dx, float* ddt, float* dA, float* dB, float* dC, float* dstate) {
-    constexpr int N = V * LANES;
+    constexpr int V = N / LANES;
     const int m = std::min<i64>(BLOCK, s.E - e0);
     const i64 chunks = s.chunks(), at = (b * s.E + e0) * N;
     alignas(64) float xs[CHUNK * BLOCK], ds[CHUNK * BLOCK], ys[CHUNK * BLOCK], gx[CHUNK * BLOCK], gd[CHUNK * BLOCK];
@@ -287,21 +322,32 @@ template <int V> void backward_block(const Shape& s, i64 b, i64 e0, const float*
                     ga[v] += w * d;
                     sa += w * a[v];
                 }
-                const float gb = sum(sb);
+                float ga_sum, gb;
+                sums(sa, sb, &ga_sum, &gb);
                 gx[t * BLOCK + e] = d * gb;
-                gd[t * BLOCK + e] = xt * gb + 0.693147181f * sum(sa);
+                gd[t * BLOCK + e] = xt * gb + 0.693147181f * ga_sum;
             }
             for (int v = 0; v < V; v++) store(dstate + at + e * N + v * LANES, g[v]), store(dA + at + e * N + v * LANES, ga[v]);
         }
         scatter(dx + row, gx, s.E, n, m), scatter(ddt + row, gd, s.E, n, m);
     }
 }
+"""
 
-// job(thread, its first block, block) for contiguous shares of the blocks of channels, which lie batch after batch
+# %% ../nbs/07_ssm.ipynb #9cb9ac88
+_THREADS = r"""
+// job(thread, its first block, block), with denormal numbers flushed to zero, for contiguous shares of the blocks of channels, which lie batch after batch
 template <class F> void share(const Shape& s, F job) {
     const i64 all = s.B * s.blocks();
     auto work = [&](i64 k) {
+#ifdef __SSE2__
+        const unsigned before = _mm_getcsr();
+        _mm_setcsr(before | 0x8040);
+#endif
         for (i64 first = all * k / s.threads, i = first; i < all * (k + 1) / s.threads; i++) job(k, first, i);
+#ifdef __SSE2__
+        _mm_setcsr(before);
+#endif
     };
     std::vector<std::thread> others;
     for (i64 k = 1; k < s.threads; k++) others.emplace_back(work, k);
@@ -309,15 +355,15 @@ template <class F> void share(const Shape& s, F job) {
     for (auto& thread : others) thread.join();
 }
 
-template <int V> void forward_all(const Shape& s, float** p) {
+template <int N> void forward_all(const Shape& s, float** p) {
     const i64 per = s.blocks();
     share(s, [&](i64, i64, i64 i) {
-        forward_block<V>(s, i / per, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]);
+        forward_block<N>(s, i / per, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]);
     });
 }
 
 // a thread that begins inside a batch sums its dB and dC of that batch apart; they are added in the order of threads
-template <int V> void backward_all(const Shape& s, float** p) {
+template <int N> void backward_all(const Shape& s, float** p) {
     const i64 per = s.blocks(), row = s.T * s.N;
     std::vector<float> apart(2 * row * (s.threads - 1));
     std::vector<i64> batch(s.threads, -1);
@@ -326,7 +372,7 @@ template <int V> void backward_all(const Shape& s, float** p) {
         float *dB = p[11] + b * row, *dC = p[12] + b * row;
         if (b == first / per && first % per) batch[k] = b, dB = apart.data() + 2 * row * (k - 1), dC = dB + row;
         else if (i % per == 0) memset(dB, 0, row * sizeof(float)), memset(dC, 0, row * sizeof(float));
-        backward_block<V>(s, b, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], dB, dC, p[13]);
+        backward_block<N>(s, b, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], dB, dC, p[13]);
     });
     for (i64 k = 1; k < s.threads; k++)
         if (batch[k] >= 0) for (i64 j = 0; j < row; j++) {
@@ -338,17 +384,18 @@ template <int V> void backward_all(const Shape& s, float** p) {
 extern "C" int scan(int backward, i64 B, i64 T, i64 E, i64 N, i64 threads, float** p) {
     Shape s{B, T, E, N, 1};
     s.threads = std::max<i64>(1, std::min(threads, B * s.blocks()));
-    switch (N / LANES) {
-        case 1: backward ? backward_all<1>(s, p) : forward_all<1>(s, p); return 0;
-        case 2: backward ? backward_all<2>(s, p) : forward_all<2>(s, p); return 0;
-        case 3: backward ? backward_all<3>(s, p) : forward_all<3>(s, p); return 0;
-        case 4: backward ? backward_all<4>(s, p) : forward_all<4>(s, p); return 0;
+    switch (N) {
+        case 16: backward ? backward_all<16>(s, p) : forward_all<16>(s, p); return 0;
+        case 32: backward ? backward_all<32>(s, p) : forward_all<32>(s, p); return 0;
+        case 48: backward ? backward_all<48>(s, p) : forward_all<48>(s, p); return 0;
+        case 64: backward ? backward_all<64>(s, p) : forward_all<64>(s, p); return 0;
     }
     return 1;
 }
 """
+_SOURCE = _VECTORS + _FORWARD + _BACKWARD + _THREADS
 
-# %% ../nbs/07_ssm.ipynb #f1372e86
+# %% ../nbs/07_ssm.ipynb #663da530
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 
 def _instruction_set() -> str:
@@ -359,16 +406,14 @@ def _instruction_set() -> str:
     except (OSError, StopIteration):
         return platform.machine() + platform.processor()
 
-def _cache_folder() -> Path:
-    "The user's cache folder for compiled kernels; a private temporary one where that cannot be written."
+def _cache_folder() -> Path | None:  # None: it cannot be written
+    "The user's cache folder for compiled kernels."
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_nb"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        return folder if os.access(folder, os.W_OK) else None
     except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="hybrid_nb-"))
+        return None
 
 def _compile(compiler: str, path: Path):
     "Compile the source into a file that appears at once and whole."
@@ -378,7 +423,7 @@ def _compile(compiler: str, path: Path):
         subprocess.run([compiler, *_FLAGS, str(source), "-o", str(library)], check=True, capture_output=True, timeout=300)
         os.replace(library, path)
 
-# %% ../nbs/07_ssm.ipynb #ab3f40fc
+# %% ../nbs/07_ssm.ipynb #3d47918d
 def _load(path: Path):
     scan = ctypes.CDLL(str(path)).scan
     scan.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_void_p]
@@ -392,10 +437,13 @@ def _native_scan():  # None where there is no compiler, or it fails
         return None
     key = hashlib.sha256("\n".join([_SOURCE, *_FLAGS, compiler, _instruction_set()]).encode()).hexdigest()[:16]
     try:
-        path = _cache_folder() / f"scan-{key}.so"
-        if not path.exists():
-            _compile(compiler, path)
-        return _load(path)
+        with tempfile.TemporaryDirectory() as private:
+            path = (_cache_folder() or Path(private)) / f"scan-{key}.so"
+            try:
+                return _load(path)
+            except (OSError, AttributeError):
+                _compile(compiler, path)
+                return _load(path)
     except (OSError, AttributeError, subprocess.SubprocessError):
         return None
 
@@ -521,7 +569,7 @@ def causal_conv(
     T = x_BSE.shape[1] - W + 1
     return sum((x_BSE[:, i : i + T] * weight_E1W[:, 0, i] for i in range(W)), bias_E).to(x_BSE.dtype)
 
-# %% ../nbs/07_ssm.ipynb #3e8dadc4
+# %% ../nbs/07_ssm.ipynb #920e5dff
 class MambaMixer(nn.Module):
     "Mamba's mixer of tokens: gate, causal convolution, selective scan."
 
@@ -552,7 +600,7 @@ class MambaMixer(nn.Module):
         dt_BTR: Tensor,  # low rank
     ) -> Tensor:  # (B, T, E) float32, > 0
         "How far each channel's clock advances at each token."
-        with torch.autocast(dt_BTR.device.type, enabled=False):
+        with torch.autocast("cpu" if dt_BTR.is_meta else dt_BTR.device.type, enabled=False):
             return F.softplus(F.linear(*_widen(dt_BTR, self.dt_proj.weight, self.dt_proj.bias)))
 
     def decay_rates(self) -> Tensor:  # (E, N) float32, < 0

@@ -184,7 +184,7 @@ def join_world(device: str | None = None) -> tuple[World, torch.device]:
     rank = dist.get_rank() if size > 1 else 0
     return World(rank, size), torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
-# %% ../nbs/15_train.ipynb #44414f1f
+# %% ../nbs/15_train.ipynb #adcd17c4
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], str]]:
     "Catch SIGTERM and SIGINT; the yielded function tells the signal that came, or ''."
@@ -204,6 +204,9 @@ def stop_requests() -> Iterator[Callable[[], str]]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+        for name in came[:1]:  # an outer one hears of it too
+            if getattr(outer := before[signal.Signals[name]], "__name__", "") == "remember":
+                outer(signal.Signals[name], None)
 
 def ignore_signals(worker: int):
     "Let a process that prepares batches leave signals to the one that trains."
