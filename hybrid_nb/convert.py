@@ -177,7 +177,7 @@ def convert_tables(
     return {part: t.to(dtype).clone(memory_format=torch.contiguous_format)
             for name, parts in _parts(new).items() for part, t in zip(parts, tables[name], strict=True)}, lost
 
-# %% ../nbs/16_convert.ipynb #f6aab9ef
+# %% ../nbs/16_convert.ipynb #d1bb0158
 def model_folder(source: str | Path) -> Path:
     "The folder of a saved hybrid model: the one given, or `model` in a run's."
     source = Path(source)
@@ -189,7 +189,8 @@ def model_folder(source: str | Path) -> Path:
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / 'config.json'} describes no model: {type(error).__name__}: {error}", BAD_DATA) from None
     if kind != HybridLanguageModelConfig.model_type:
-        raise RunError(f"{folder} holds a model of type {kind!r}; only {HybridLanguageModelConfig.model_type!r} can be converted", BAD_DATA)
+        raise RunError(f"{folder} holds a model of type {kind!r}; only {HybridLanguageModelConfig.model_type!r} can be converted",
+                       BAD_DATA)
     return folder
 
 @contextmanager
@@ -214,10 +215,12 @@ def load_hybrid(folder: Path) -> HybridLanguageModel:
         except Exception as error:
             if isinstance(error, OSError) and error.errno or "(os error " in str(error):
                 raise
-            raise RunError(f"model {folder} cannot be read: {str(error).strip().splitlines()[0]}", BAD_DATA) from error
-    wrong = [f"{key.removesuffix('_keys')} {min(map(str, info[key]))}" for key in info if info[key]]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(f"model {folder} cannot be read: {reason}", BAD_DATA) from error
+    wrong = [f"{name} is {kind}" for kind in ("missing", "unexpected") for name in sorted(info[f"{kind}_keys"])[:1]]
+    wrong += [f"{name} is {tuple(here)}, not {tuple(need)}" for name, here, need in sorted(info["mismatched_keys"])[:1]]
     if wrong:
-        raise RunError(f"model {folder} does not hold the tensors that its config.json names: {', '.join(wrong)}", BAD_DATA)
+        raise RunError(f"the tensors of model {folder} are not those of its config.json: {', '.join(wrong)}", BAD_DATA)
     return model.eval()
 
 # %% ../nbs/16_convert.ipynb #2d793517
@@ -287,7 +290,7 @@ class Conversion:
         return {"source_sha256": files, "changes": self.changes, "parameters": self.parameters, "seq_len": self.seq_len,
                 "lost": [vars(x) for x in self.lost], **losses}
 
-# %% ../nbs/16_convert.ipynb #c70e4048
+# %% ../nbs/16_convert.ipynb #bcfca357
 def convert_model(
     model: HybridLanguageModel,
     new: HybridConfig,  # as `target_shape` gives it
@@ -295,8 +298,8 @@ def convert_model(
 ) -> tuple[HybridLanguageModel, list[Lost]]:
     "A model of another shape from a model's weights, and what each step loses."
     old, state = model.config.shape, dict(model.state_dict())
-    bad = [name for name, t in state.items() if ("srte" in name or name in ("lm_head.weight", "embed_tokens.weight")) and not t.isfinite().all()]
-    if bad:
+    used = [name for name in state if "srte." in name or name in ("lm_head.weight", "embed_tokens.weight")]
+    if bad := [name for name in used if not state[name].isfinite().all()]:
         raise RunError(f"{bad[0]} holds values that are not finite", BAD_DATA)
     tables, lost = convert_tables(state, old, new, layer)
     head, embedding = state["lm_head.weight"], state["embed_tokens.weight"]
@@ -310,7 +313,8 @@ def convert_model(
     for name in CONVERTIBLE:
         setattr(config, name, getattr(new, name))
     with _quiet():
-        made, info = HybridLanguageModel.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True)
+        made, info = HybridLanguageModel.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype,
+                                                         output_loading_info=True)
     assert not any(info.values()), info
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval(), lost
@@ -375,18 +379,20 @@ def convert(
     print(result)
     return result
 
-# %% ../nbs/16_convert.ipynb #e91a5a5a
+# %% ../nbs/16_convert.ipynb #70835520
 def main(argv: list[str] | None = None):
     "Convert a saved hybrid model into a new folder and print what is lost."
     parser = argparse.ArgumentParser(prog="python -m hybrid_nb.convert", description=main.__doc__)
     yes_or_no = argparse.BooleanOptionalAction
     parser.add_argument("source", help="folder of a saved model, or of a run; only read")
     parser.add_argument("target", help="folder to make")
-    parser.add_argument("--share", action=yes_or_no, dest="srte_share_across_layers", help="one time encoding for all layers, or one a layer")
+    parser.add_argument("--share", action=yes_or_no, dest="srte_share_across_layers",
+                        help="one time encoding for all layers, or one a layer")
     parser.add_argument("--layer", type=int, help="with --share: whose time encoding; default: the mean of all")
     parser.add_argument("--rank", type=int, dest="srte_factorized_rank", help="rank of the time encoding; 0: full")
     parser.add_argument("--encoding", dest="srte_encoding", help="learnable: writes sines out as a table")
-    parser.add_argument("--tie", action=yes_or_no, dest="tie_embeddings", help="the head is the transposed input embedding, or a matrix of its own")
+    parser.add_argument("--tie", action=yes_or_no, dest="tie_embeddings",
+                        help="the head is the transposed input embedding, or a matrix of its own")
     parser.add_argument("--max-len", type=int, dest="max_seq_len", help="positions")
     parser.add_argument("--text", help="text file to measure the change of the loss on")
     args = vars(parser.parse_args(argv))

@@ -64,7 +64,7 @@ def selective_scan_reference(
         ys.append((state @ C[:, t, :, None])[..., 0])
     return torch.stack(ys, 1).to(x_BTE.dtype), state
 
-# %% ../nbs/07_ssm.ipynb #e034fd2b
+# %% ../nbs/07_ssm.ipynb #d8806961
 CHUNK = 32  # tokens from one kept state to the next
 
 def _split(t_BTX: Tensor, length: int) -> Tensor:  # (B, chunks, length, X)
@@ -72,13 +72,17 @@ def _split(t_BTX: Tensor, length: int) -> Tensor:  # (B, chunks, length, X)
     chunks = -(-T // length)
     return F.pad(t_BTX, (0, 0, 0, chunks * length - T)).view(B, chunks, length, X)
 
+def _decay(dt_BTE: Tensor, A_EN: Tensor) -> Tensor:  # (B, T, E, N)
+    "exp(dt A); torch has a far slower exp than exp2 on some processors."
+    return (dt_BTE[..., None] * (A_EN / math.log(2))).exp2_()
+
 def _step(h: Tensor, i: int, x: Tensor, dt: Tensor, A_EN: Tensor, B: Tensor) -> Tensor:  # h: (B, chunks, E, N)
     "The states of all chunks after their i-th token."
-    return (dt[:, :, i, :, None] * A_EN).exp_().mul_(h).addcmul_((dt[:, :, i] * x[:, :, i])[..., None], B[:, :, i, None])
+    return _decay(dt[:, :, i], A_EN).mul_(h).addcmul_((dt[:, :, i] * x[:, :, i])[..., None], B[:, :, i, None])
 
 def _channels_at_once(x_BTE: Tensor, N: int) -> int:
     "Channels whose states at one token of each chunk fit into a processor's cache, or occupy a GPU."
-    budget = 2**18 if x_BTE.device.type == "cpu" else 2**22
+    budget = 2**19 if x_BTE.device.type == "cpu" else 2**22
     return max(1, budget // (x_BTE.shape[0] * -(-x_BTE.shape[1] // CHUNK) * N))
 
 def _chunked_forward(
@@ -94,7 +98,7 @@ def _chunked_forward(
         h = kept
         for i in range(x.shape[2]):
             h = _step(h, i, x[..., s], dt[..., s], A_EN[s], Bs)
-            y[:, :, i, s] = (h @ Cs[:, :, i, :, None])[..., 0]
+            y[:, :, i, s] = (h * Cs[:, :, i, None]).sum(-1)
         last[:, s] = h[:, -1]
         if keep:
             borders[:, :, s] = kept
@@ -108,7 +112,7 @@ def _begins(x: Tensor, dt: Tensor, A_EN: Tensor, Bs: Tensor, state_BEN: Tensor) 
         h = x.new_zeros(x.shape[0], chunks - 1, *A_EN.shape)
         for i in range(x.shape[2]):
             h = _step(h, i, x, dt, A_EN, Bs)
-        decay = (dt.sum(2)[..., None] * A_EN).exp_()
+        decay = _decay(dt.sum(2), A_EN)
         for c in range(chunks - 1):
             begins.append(torch.addcmul(h[:, c], decay[:, c], begins[-1]))
     return torch.stack(begins, 1)
@@ -129,10 +133,10 @@ def _chunked_backward(
     dx, ddt, dB, dC = (t.view(B, x.shape[1] * length, -1)[:, :T].contiguous() for t in (dx, ddt, dB, dC))
     return dx, ddt, dA, dB, dC, dstate
 
-# %% ../nbs/07_ssm.ipynb #3595313f
+# %% ../nbs/07_ssm.ipynb #f83b52a3
 def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, dB, dC):
     "Gradients of x, dt, A and the state for one block of channels; those of B and C are added to dB and dC."
-    length, hs, decays = x.shape[2], [borders], [(dt[:, :, i, :, None] * A).exp() for i in range(x.shape[2])]
+    length, hs, decays = x.shape[2], [borders], [_decay(dt[:, :, i], A) for i in range(x.shape[2])]
     u = dt * x
     for i in range(length):
         hs.append(torch.mul(decays[i], hs[i]).addcmul_(u[:, :, i, :, None], Bs[:, :, i, None]))
@@ -141,7 +145,7 @@ def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, dB, dC):
     if x.shape[1] > 1:
         for i in reversed(range(length)):
             g = g.addcmul(dy[:, :, i, :, None], Cs[:, :, i, None]).mul_(decays[i])
-        decay, arrives = (dt.sum(2)[..., None] * A).exp_(), [dlast]
+        decay, arrives = _decay(dt.sum(2), A), [dlast]
         for c in reversed(range(1, x.shape[1])):
             arrives.append(torch.addcmul(g[:, c], decay[:, c], arrives[-1]) if c < x.shape[1] - 1 else g[:, c])
         g = torch.stack(arrives[::-1], 1)
@@ -150,7 +154,7 @@ def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, dB, dC):
         g = g.addcmul(dy[:, :, i, :, None], Cs[:, :, i, None])
         dC[:, :, i] += (dy[:, :, i, None] @ hs.pop())[:, :, 0]
         dB[:, :, i] += (u[:, :, i, None] @ g)[:, :, 0]
-        from_input = (g @ Bs[:, :, i, :, None])[..., 0]
+        from_input = (g * Bs[:, :, i, None]).sum(-1)
         g = g.mul_(decays.pop())
         through = g * hs[-1]
         dA += (through * dt[:, :, i, :, None]).sum(1)
@@ -158,7 +162,7 @@ def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, dB, dC):
         ddt[:, :, i] = (through * A).sum(-1) + x[:, :, i] * from_input
     return dx, ddt, dA, g[:, 0]
 
-# %% ../nbs/07_ssm.ipynb #036d73c3
+# %% ../nbs/07_ssm.ipynb #2494288b
 WIDEST = 64  # states that one call of the native kernel carries
 _VECTORS = r"""
 #include <algorithm>
@@ -177,7 +181,7 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int BLOCK = 16, CHUNK = 32;
+constexpr int BLOCK = 16;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int64_t i64;
@@ -235,7 +239,7 @@ static inline void scatter(float* to, const float* from, i64 E, int n, int m) {
 }
 """
 
-# %% ../nbs/07_ssm.ipynb #33e32244
+# %% ../nbs/07_ssm.ipynb #37363412
 _FORWARD = r"""
 template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* x, const float* dt, const float* A,
         const float* B, const float* C, const float* state, float* y, float* last, float* borders) {
@@ -254,7 +258,10 @@ template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* 
         if (borders) memcpy(borders + ((b * chunks + c) * s.E + e0) * N, hs, m * N * sizeof(float));
         for (int e = 0; e < m; e++) {
             vec a[V], h[V];
-            for (int v = 0; v < V; v++) a[v] = load(A + (e0 + e) * N + v * LANES) * 1.44269504f, h[v] = load(hs + e * N + v * LANES);
+            for (int v = 0; v < V; v++) {
+                a[v] = load(A + (e0 + e) * N + v * LANES) * 1.44269504f;
+                h[v] = load(hs + e * N + v * LANES);
+            }
             for (int t = 0; t < n; t++) {
                 const float d = ds[t * BLOCK + e], u = d * xs[t * BLOCK + e];
                 vec out = {};
@@ -264,7 +271,8 @@ template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* 
                 }
                 outs[t] = out;
             }
-            for (int t = 0; t < CHUNK; t += 2) sums(outs[t], outs[t + 1], ys + t * BLOCK + e, ys + (t + 1) * BLOCK + e);
+            for (int t = 0; t < CHUNK; t += 2)
+                sums(outs[t], outs[t + 1], ys + t * BLOCK + e, ys + (t + 1) * BLOCK + e);
             for (int v = 0; v < V; v++) store(hs + e * N + v * LANES, h[v]);
         }
         scatter(y + row, ys, s.E, n, m);
@@ -272,7 +280,7 @@ template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* 
 }
 """
 
-# %% ../nbs/07_ssm.ipynb #26ab2c4a
+# %% ../nbs/07_ssm.ipynb #1c84a5e5
 _BACKWARD = r"""
 template <int N> void backward_block(const Shape& s, i64 b, i64 e0, const float* dy, const float* dlast, const float* x,
         const float* dt, const float* A, const float* B, const float* C, const float* borders,
@@ -307,7 +315,10 @@ template <int N> void backward_block(const Shape& s, i64 b, i64 e0, const float*
                     store(hs + (t + 1) * N + v * LANES, h[v]);
                 }
             }
-            for (int v = 0; v < V; v++) g[v] = load(dstate + at + e * N + v * LANES), ga[v] = load(dA + at + e * N + v * LANES);
+            for (int v = 0; v < V; v++) {
+                g[v] = load(dstate + at + e * N + v * LANES);
+                ga[v] = load(dA + at + e * N + v * LANES);
+            }
             for (int t = n - 1; t >= 0; t--) {
                 const float d = ds[t * BLOCK + e], q = ys[t * BLOCK + e], xt = xs[t * BLOCK + e], u = d * xt;
                 vec sa = {}, sb = {};
@@ -327,16 +338,20 @@ template <int N> void backward_block(const Shape& s, i64 b, i64 e0, const float*
                 gx[t * BLOCK + e] = d * gb;
                 gd[t * BLOCK + e] = xt * gb + 0.693147181f * ga_sum;
             }
-            for (int v = 0; v < V; v++) store(dstate + at + e * N + v * LANES, g[v]), store(dA + at + e * N + v * LANES, ga[v]);
+            for (int v = 0; v < V; v++) {
+                store(dstate + at + e * N + v * LANES, g[v]);
+                store(dA + at + e * N + v * LANES, ga[v]);
+            }
         }
         scatter(dx + row, gx, s.E, n, m), scatter(ddt + row, gd, s.E, n, m);
     }
 }
 """
 
-# %% ../nbs/07_ssm.ipynb #9cb9ac88
+# %% ../nbs/07_ssm.ipynb #e1ff00f6
 _THREADS = r"""
-// job(thread, its first block, block), with denormal numbers flushed to zero, for contiguous shares of the blocks of channels, which lie batch after batch
+// job(thread, its first block, block) for contiguous shares of the blocks of channels, which lie batch after batch;
+// denormal numbers are flushed to zero
 template <class F> void share(const Shape& s, F job) {
     const i64 all = s.B * s.blocks();
     auto work = [&](i64 k) {
@@ -372,7 +387,8 @@ template <int N> void backward_all(const Shape& s, float** p) {
         float *dB = p[11] + b * row, *dC = p[12] + b * row;
         if (b == first / per && first % per) batch[k] = b, dB = apart.data() + 2 * row * (k - 1), dC = dB + row;
         else if (i % per == 0) memset(dB, 0, row * sizeof(float)), memset(dC, 0, row * sizeof(float));
-        backward_block<N>(s, b, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], dB, dC, p[13]);
+        backward_block<N>(s, b, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7],
+                          p[8], p[9], p[10], dB, dC, p[13]);
     });
     for (i64 k = 1; k < s.threads; k++)
         if (batch[k] >= 0) for (i64 j = 0; j < row; j++) {
@@ -395,8 +411,8 @@ extern "C" int scan(int backward, i64 B, i64 T, i64 E, i64 N, i64 threads, float
 """
 _SOURCE = _VECTORS + _FORWARD + _BACKWARD + _THREADS
 
-# %% ../nbs/07_ssm.ipynb #663da530
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+# %% ../nbs/07_ssm.ipynb #93f39c1f
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", f"-DCHUNK={CHUNK}")
 
 def _instruction_set() -> str:
     "What tells processors apart for which `-march=native` means different code."
@@ -569,7 +585,7 @@ def causal_conv(
     T = x_BSE.shape[1] - W + 1
     return sum((x_BSE[:, i : i + T] * weight_E1W[:, 0, i] for i in range(W)), bias_E).to(x_BSE.dtype)
 
-# %% ../nbs/07_ssm.ipynb #920e5dff
+# %% ../nbs/07_ssm.ipynb #24b855dd
 class MambaMixer(nn.Module):
     "Mamba's mixer of tokens: gate, causal convolution, selective scan."
 
@@ -625,7 +641,7 @@ class MambaMixer(nn.Module):
         state = None if past is None else past.get("ssm")
         y, last = selective_scan(x, self.step_sizes(dt_BTR), self.decay_rates(), B_BTN, C_BTN, state)
         if past is not None:
-            past["conv"], past["ssm"] = x_BSE[:, T:].mT, last
+            past["conv"], past["ssm"] = x_BSE[:, T:].mT.clone(memory_format=torch.contiguous_format), last
         return self.out_proj((y + x * self.D) * F.silu(z))
 
     def _after_past(self, x_BTE: Tensor, past: dict[str, Tensor] | None) -> Tensor:  # (B, W - 1 + T, E)

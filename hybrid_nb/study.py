@@ -400,7 +400,7 @@ def pairs_table(study: Study) -> Table:
     plain = dict.fromkeys((f"loss of {study.plan.baseline}", "loss of the arm", "PPL ratio"), "{:.4f}")
     return Table(rows, plain | {"d (nats)": _SIGNED})
 
-# %% ../nbs/20_study.ipynb #bdab44ba
+# %% ../nbs/20_study.ipynb #c2a7a7a6
 def part_params(
     config: Config,
     part: str,  # a module, as `param_rows` names it, or the beginning of its dotted name
@@ -420,13 +420,15 @@ def arms_table(study: Study) -> Table:
         p = c and c.paired
         rows.append({
             "arm": arm, "parameters": runs[0].info["params"]["total"] if runs else None,
-            "trainable": runs[0].info["params"]["trainable"] if runs else None,
+            "frozen": runs[0].info["params"]["frozen"] if runs else None,
             **{part: part_params(runs[0].config, part) if runs else None for part in plan.parts},
-            "runs": f"{len(losses)} of {len(plan.seeds)}", "val loss": mean, "+-": half, "PPL": _ppl(mean) if losses else None,
-            "d (nats)": p.mean if p else None, "from": p.lower if p else None, "to": p.upper if p else None,
-            "is": c.word if c else "baseline", "verdict": c.verdict if c else ""})
-    formats = {"val loss": "{:.4f}", "+-": "{:.4f}", "PPL": "{:.4g}", "d (nats)": _SIGNED, "from": _SIGNED, "to": _SIGNED}
-    return Table(rows, formats | dict.fromkeys(("parameters", "trainable", *plan.parts), "{:,.0f}"))
+            "runs": f"{len(losses)}/{len(plan.seeds)}", "val loss": mean, "+-": half, "PPL": _ppl(mean) if losses else None,
+            "d (nats)": p.mean if p else None, "interval": f"{p.lower:+.4f} to {p.upper:+.4f}" if p else "",
+            "verdict": f"{c.verdict}: {c.word}" if c else "baseline"})
+    if not any(row["frozen"] for row in rows):
+        rows = [{k: v for k, v in row.items() if k != "frozen"} for row in rows]
+    formats = {"val loss": "{:.4f}", "+-": "{:.4f}", "PPL": "{:.4g}", "d (nats)": _SIGNED}
+    return Table(rows, formats | dict.fromkeys(("parameters", "frozen", *plan.parts), "{:,.0f}"))
 
 # %% ../nbs/20_study.ipynb #9c9898fb
 def tests_table(study: Study) -> Table:
@@ -797,7 +799,7 @@ def study(
     errors = _in_turn(todo, *how) if workers == 1 else _side_by_side(todo, workers, *how)
     return freeze(_reread(plan, needed, errors))
 
-# %% ../nbs/20_study.ipynb #177d1b1e
+# %% ../nbs/20_study.ipynb #485d62f2
 class LiveStudy:
     "Progress of a study: lines, and one figure that is drawn anew in a notebook."
 
@@ -806,6 +808,7 @@ class LiveStudy:
         min_seconds: float = 5.0,  # between two drawings
     ):
         self.min_seconds, self.seen, self.ended, self.due, self.handle = min_seconds, {}, set(), -math.inf, None
+        self.said = time.monotonic()  # when the last line was printed
 
     def __call__(self, folder: Path, read: Callable[[], Study]):
         "Shows what is new in a run folder."
@@ -814,7 +817,8 @@ class LiveStudy:
         before = self.seen.get(folder, -1)
         self.seen[folder] = evals[-1]["step"] if evals else before
         for r in evals:
-            if r["step"] > before and (r["step"] * 4 // steps > before * 4 // steps or r["step"] == steps):
+            if r["step"] > before and (r["step"] == steps or time.monotonic() - self.said > 30):
+                self.said = time.monotonic()
                 print(f"{folder.name}: {progress_line(r, steps)}", flush=True)
             before = max(before, r["step"])
         state, why = outcome(run)
