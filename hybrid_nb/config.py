@@ -360,7 +360,7 @@ _hybrid_train = TrainConfig(
     steps=100_000, batch_size=1, grad_accum=64, seq_len=4096, lr=1.5e-4, warmup_steps=2000, precision="bf16",
     gradient_checkpointing=True, eval_interval=1000, save_interval=1000, log_interval=10, workers=8, pin_memory=True)
 
-# %% ../nbs/01_config.ipynb #24f9cb1b
+# %% ../nbs/01_config.ipynb #2dbdd9db
 PRESETS: dict[str, Config] = {
     "smoke": Config("smoke", ModelConfig(vocab_size=2048),
                     TrainConfig(steps=600, lr=3e-3, warmup_steps=60, eval_interval=50, save_interval=200),
@@ -385,12 +385,13 @@ PRESETS: dict[str, Config] = {
     "foundation-32l": Config("foundation-32l", replace(_foundation, n_layer=32, d_model=704, n_head=22, n_kv_head=2,
                                                        d_ff=2176), _foundation_train, _wide),
     "hybrid-smoke": Config(
-        "hybrid-smoke", HybridConfig(n_layer=2, d_model=96, max_seq_len=128, d_state=16, window=32, gate_rank=16, tie_embeddings=True),
+        "hybrid-smoke", HybridConfig(n_layer=2, d_model=96, max_seq_len=128, d_state=16, window=32, gate_rank=16, tie_embeddings=True,
+                                     init_std=0.06),
         TrainConfig(steps=200, seq_len=128, lr=3e-3, warmup_steps=20, eval_interval=50, save_interval=100),
         DataConfig(grammar_stories=4000, valid_fraction=0.02)),
     "hybrid-tiny": Config(
-        "hybrid-tiny", HybridConfig(vocab_size=4096, d_state=16, window=64, gate_rank=32, tie_embeddings=True),
-        TrainConfig(steps=600, lr=2e-3, warmup_steps=60, save_interval=300), DataConfig(bpe_vocab=4096)),
+        "hybrid-tiny", HybridConfig(vocab_size=4096, d_state=16, window=64, gate_rank=32, tie_embeddings=True, init_std=0.06),
+        TrainConfig(steps=600, lr=2e-3, warmup_steps=120, save_interval=300), DataConfig(bpe_vocab=4096)),
     "hybrid-original": Config("hybrid-original", _hybrid, _hybrid_train, _wide),
     "hybrid-shared": Config("hybrid-shared", _shared, _hybrid_train, _wide),
     "hybrid-r128": Config("hybrid-r128", replace(_shared, srte_factorized_rank=128), _hybrid_train, _wide),

@@ -204,7 +204,7 @@ def _real_tokens(attention_mask: Tensor | None, past: int, T: int) -> Tensor | N
         raise ValueError("padding after real tokens: a cache can only be continued where the padding is on the left")
     return None if keep_BS.all() else keep_BS
 
-# %% ../nbs/10_hybrid.ipynb #85824eb5
+# %% ../nbs/10_hybrid.ipynb #c90319d4
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
     "A causal language model's output with its cross-entropy and the gates' statistics."
@@ -232,7 +232,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, SRTE):
-            module.reset_parameters(self.config.init_std)
+            module.reset_parameters()
         elif isinstance(module, MambaMixer):
             module.reset_parameters()
         else:

@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from hybrid_nb import runs, train
-from hybrid_nb.config import Config, ModelConfig, get_config
+from hybrid_nb.config import Config, ModelConfig, get_config, override
 from hybrid_nb.data import grammar_entropy
 from hybrid_nb.decoder import DecoderForCausalLM, make_decoder
 from hybrid_nb.evaluate import sample_text
@@ -326,6 +326,16 @@ TIMES = {"tokens_per_s", "memory_gib", "elapsed_s", "busy_s", "busy_tokens"}
 def tiny(**changes) -> Config:
     "A run of 16 steps and a second; an epoch ends inside the thirteenth step."
     return get_config("smoke", TINY | changes)
+
+
+def tiny_hybrid(**changes) -> Config:
+    "The same text and schedule for a hybrid model, with every loss and dropout that it has."
+    base = tiny()
+    shape = {"n_layer": 2, "d_model": 32, "n_head": 2, "d_state": 4, "window": 8, "gate_rank": 4, "dropout": 0.1,
+             "branch_dropout": 0.3, "gate_balance": 1.0, "gate_entropy": 0.1, "vocab_size": base.model.vocab_size,
+             "max_seq_len": base.model.max_seq_len, "seq_len": base.train.seq_len}
+    hybrid = replace(get_config("hybrid-smoke", shape), train=base.train, data=base.data)
+    return override(hybrid, changes)
 
 
 @contextmanager

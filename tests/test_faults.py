@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from driver import ENV, KILLS, Process, events, one_thread, result, start, tiny, trained, tree, wait_for
+from driver import ENV, KILLS, Process, events, one_thread, result, start, tiny, tiny_hybrid, trained, tree, wait_for
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -124,6 +124,17 @@ def test_resuming_other_configurations(run, wholes, changes):
     run(config, stop=5)
     run(config, stop=13)
     assert result(run(config)) == result(wholes(config))
+
+
+@pytest.mark.parametrize("changes", [{}, {"srte_share_across_layers": False, "precision": "bf16"},
+                                     {"srte_encoding": "sincos", "tie_embeddings": False, "gradient_checkpointing": True}], ids=str)
+def test_resuming_a_hybrid_model(run, wholes, changes):
+    config = tiny_hybrid(**changes)
+    run(config, stop=5)
+    run(config, stop=13)
+    again, whole = run(config), wholes(config)
+    assert result(again) == result(whole)
+    assert [r["mean"] for r in again.records("gates")] == [r["mean"] for r in whole.records("gates")]
 
 
 def test_saving_does_not_change_the_run(wholes):

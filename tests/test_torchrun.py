@@ -95,6 +95,18 @@ def test_two_processes_lose_what_one_loses(whole, single, work, command):
     assert gap(load_run(work / "naive"), single, "train", "loss") > 1e-3, "the negative control"
 
 
+def test_two_processes_train_a_hybrid_model(work):
+    "Its gates' losses are means over samples, so that they too are those of the whole batch."
+    same = SAME | {"branch_dropout": 0.0, "steps": 10}
+    (work / "hybrid.yaml").write_text(to_yaml(driver.tiny_hybrid(**same, grad_accum=1)))
+    argv = ["--config", work / "hybrid.yaml", "--cache", work / "cache", "--device", "cpu", "--folder", work / "hybrid"]
+    assert ended(two(argv)) == [0, 0]
+    one = train.train(driver.tiny_hybrid(**same, grad_accum=2), work / "hybrid-one", device="cpu", cache=work / "cache")
+    both = load_run(work / "hybrid")
+    assert gap(both, one, "train", "loss") < 1e-5 and gap(both, one, "eval", "val_loss") < 1e-5
+    assert gap(both, one, "train", "grad_norm") < 1e-4
+
+
 def test_sigterm_to_torchrun_stops_and_resumes(whole, work, command):
     "With processes that prepare batches, which torchrun's signal reaches too."
     slow = json.dumps(driver.job(command("halted"), ("slow",)))
