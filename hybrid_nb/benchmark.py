@@ -229,7 +229,7 @@ def startup_seconds(repeat: int = 3) -> dict[str, float]:  # best of the repeats
         best[name] = min(times)
     return best
 
-# %% ../nbs/19_benchmark.ipynb #6ebee5ae
+# %% ../nbs/19_benchmark.ipynb #cad484d0
 @dataclass(frozen=True)
 class Pass:
     "Something differentiable at one size."
@@ -257,9 +257,8 @@ class Pass:
         return sum(storage.nbytes() for at, storage in storages.items() if at not in weights)
 
     def peak(self) -> int:
-        "Most bytes taken at once; weights and their gradients left out."
-        held, weights = (sum(t.nbytes for t in ts) for ts in ((*self.inputs, self.grad), self.weights))
-        return held + allocated(self, self.grad.device) - weights
+        "Most bytes taken at once; weights left out, their gradients not."
+        return sum(t.nbytes for t in (*self.inputs, self.grad)) + allocated(self, self.grad.device)
 
 def allocated(
     step: Callable[[], Any],

@@ -1332,12 +1332,13 @@ def _torch_rows() -> list[tuple[str, str]]:
                               f"bfloat16 {rate(torch.bfloat16, f'cuda:{i}')}")]
     return rows if torch.cuda.device_count() else [*rows, ("GPU", "none: runs take the CPU")]
 
-# %% ../nbs/18_pipeline.ipynb #972bedfe
+# %% ../nbs/18_pipeline.ipynb #457a4a33
 def doctor_rows() -> list[tuple[str, str]]:
     "What is installed, and what this machine can do."
     from importlib import metadata
 
     from hybrid_nb.runs import machine, versions
+    from hybrid_nb.ssm import scan_kernel
 
     def version(name):
         try:
@@ -1354,6 +1355,7 @@ def doctor_rows() -> list[tuple[str, str]]:
         ("processor", f"{about['cpu']}, {about['cores']} cores, {' '.join(about['isa']) or 'no wide vectors'}"),
         *_torch_rows(),
         ("compiler", compiler or "none: torch.compile is off on a CPU"),
+        ("selective scan", {"native": "native kernel", "chunked": "in PyTorch, by chunks: no g++ or clang++"}[scan_kernel()]),
         ("browser", browser or "none: the browser tests are skipped"),
         ("free disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here")]
 

@@ -7,7 +7,7 @@ __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'lr_at', 'parameter_g
            'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world', 'stop_requests', 'ignore_signals', 'update',
            'device_memory', 'check_memory', 'memory_gib', 'start_info', 'Progress', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #f54913cb
+# %% ../nbs/15_train.ipynb #ba0a3ca9
 import argparse
 import hashlib
 import json
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
 from .account import GIB, count_params, memory, run_flops
-from .config import Config, TrainConfig, asdict, config_hash, load_config
+from .config import Config, HybridConfig, TrainConfig, asdict, config_hash, load_config
 from .data import END, TokenData, batch_hash, load_tokenizer, loader, prepare
 from .decoder import checkpoint_activations, learned_state
 from .evaluate import evaluate, sample_text
@@ -62,6 +62,7 @@ from hybrid_nb.runs import (
                             versions,
                             write_json,
 )
+from .ssm import scan_kernel
 
 # %% ../nbs/15_train.ipynb #9f59d27f
 def lr_at(
@@ -129,7 +130,7 @@ def matmul_rate(
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
-# %% ../nbs/15_train.ipynb #d8ccc290
+# %% ../nbs/15_train.ipynb #03250f19
 COMPILE_PAYS_FROM = 600  # seconds of estimated training on a CPU; compiling takes about one minute on two cores
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,6 +144,7 @@ class Resolved:
     attention: str
     threads: int
     matmul_flops: float  # measured, of the precision, FLOP/s
+    scan: str | None = None  # kernel of the selective scan; None: the model has none
 
 def resolve(config: Config, device: torch.device) -> Resolved:
     "Measure the machine and settle precision and compilation."
@@ -158,7 +160,8 @@ def resolve(config: Config, device: torch.device) -> Resolved:
     compiled = {"yes": True, "no": False, "auto": bool(compiler) and seconds > COMPILE_PAYS_FROM}[config.train.compile]
     if config.train.compile == "yes" and not compiler:
         raise RunError("compile='yes' needs a C++ compiler, and there is no g++; compile='no' does without")
-    return Resolved(device.type, name, precision, compiled, "sdpa" if cuda else "blocks", torch.get_num_threads(), rates[precision])
+    scan = scan_kernel(device) if isinstance(config.model, HybridConfig) else None
+    return Resolved(device.type, name, precision, compiled, "sdpa" if cuda else "blocks", torch.get_num_threads(), rates[precision], scan)
 
 # %% ../nbs/15_train.ipynb #775764b0
 @dataclass(frozen=True)
