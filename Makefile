@@ -50,7 +50,9 @@ reports: $(VENV)/.base
 	$(BIN)/hnb run train
 	$(BIN)/hnb run train -p model large
 	test ! -d data/tinystories || $(BIN)/hnb run train -p model pipelines/params/tinystories.yaml
+	test ! -d data/tinystories || $(BIN)/hnb run srte -f pipelines/params/srte.yaml
 	$(BIN)/hnb run benchmark -p shape both -p full true
+	$(BIN)/hnb run scaling -p full true
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
