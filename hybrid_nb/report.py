@@ -263,7 +263,7 @@ def plot_curves(run) -> Picture:
     known = [f"{n} {found[n]:.4g}" for n in names if found[n] is not None]
     return Picture(draw_curves(run), ", ".join([f"{run.info['name']} at step {found['steps_done']}", *known]))
 
-# %% ../nbs/17_report.ipynb #936c3dcb
+# %% ../nbs/17_report.ipynb #488f6ef8
 def draw_gates(run) -> Figure:
     "Each layer's mean gate as training went on, and its spread at the end."
     records = run.records("gates")
@@ -273,15 +273,15 @@ def draw_gates(run) -> Figure:
     colors = matplotlib.colormaps["viridis"].resampled(len(layers) + 1)
     for i in layers:
         left.plot(steps, [r["mean"][i] for r in records], color=colors(i), marker="o", ms=3, lw=1.2)
-        left.annotate(f"{i}", (steps[-1], records[-1]["mean"][i]), xytext=(6, 0), textcoords="offset points", color=colors(i),
-                      fontsize=8, va="center")
         right.errorbar(i, records[-1]["mean"][i], records[-1]["std"][i], color=colors(i), marker="o", ms=4, capsize=3)
     for ax in (left, right):
         ax.axhspan(0.4, 0.6, color="#000000", alpha=0.06, lw=0)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-    left.set(xlabel="step", ylabel="gate (1: Mamba, 0: attention)", ylim=(0, 1), title="mean, by layer")
-    right.set(xlabel="layer", xticks=list(layers), title=f"mean and standard deviation at step {steps[-1]:,}")
+    left.set(xlabel="step", ylabel="gate (1: Mamba, 0: attention)", ylim=(0, 1))
+    left.set_title("mean of each layer, coloured as on the right", fontsize=10)
+    right.set(xlabel="layer", xticks=list(layers))
+    right.set_title(f"mean and standard deviation at step {steps[-1]:,}", fontsize=10)
     return figure
 
 def gate_table(run) -> Table:
