@@ -175,7 +175,7 @@ def document_memory(config: Config) -> int:  # bytes
     activations = 30 * t.batch_size * t.seq_len * config.model.d_model * 2
     return round(1.2 * (2 * n + 2 * n + 8 * n + activations))
 
-# %% ../nbs/12_account.ipynb #821e4021
+# %% ../nbs/12_account.ipynb #77624189
 LOSS_ROWS = 1024  # rows of logits that the decoder's loss holds at once
 QUERY_BLOCK = 128  # queries that attention on a CPU takes at once
 BLOCKS_UP_TO = 2048  # tokens; longer sequences take fused attention on a CPU too
@@ -198,7 +198,8 @@ def _hybrid_layer_bytes(config: Config, c: int, fused: bool) -> float:
     scan = (c * (6 if c == 4 else 7) + 16) * E + 8 * m.d_state + 4 * E * m.d_state * math.ceil(T / SCAN_CHUNK) / T
     if fused:
         return maps + scan + c * (2 * D + 2 * KV) + 4 * m.n_head
-    seen = sum((min(i + block, T) - i) * min(min(i + block, T), min(i + block, T) - i + m.window - 1) for i in range(0, T, block))
+    ends = [(i, min(i + block, T), m.window_at(layer)) for layer in range(m.n_layer) for i in range(0, T, block)]
+    seen = sum((j - i) * min(j, j - i + window - 1) for i, j, window in ends) / m.n_layer
     probs = 4 * (m.n_head - m.global_heads) * seen / T + (4 if c == 4 else 6) * m.global_heads * (T + block) / 2
     return maps + scan + c * (D + 2 * KV) + probs
 
@@ -321,17 +322,20 @@ def needs_trial(
     "Whether the whole schedule is out of reach of the device."
     return device_type == "cpu" and run_flops(config) > TRIAL_ABOVE
 
-# %% ../nbs/12_account.ipynb #6020a654
+# %% ../nbs/12_account.ipynb #be0500cd
 def trial_config(config: Config) -> Config:
     "The same model and optimizer on a schedule of about `TRIAL_FLOPS`."
-    t = config.train
-    sequences = int(TRIAL_FLOPS / (t.seq_len * flops_per_token(config).hardware))
+    t, tokens = config.train, TRIAL_FLOPS / flops_per_token(config).hardware
+    seq_len = t.seq_len
+    while seq_len > 32 and tokens < 10 * seq_len:
+        seq_len //= 2
+    sequences = int(tokens / seq_len)
     batch = 1
     while 2 * batch <= min(t.batch_size, math.sqrt(sequences) / 2):
         batch *= 2
     short = shorten(config, min(t.steps, max(10, sequences // batch)))
     return replace(short, train=replace(
-        short.train, batch_size=batch, grad_accum=1, eval_batches=2, eval_interval=math.ceil(short.train.steps / 2),
+        short.train, batch_size=batch, grad_accum=1, seq_len=seq_len, eval_batches=2, eval_interval=math.ceil(short.train.steps / 2),
         log_interval=1, precision="auto" if t.precision == "fp16" else t.precision,
         compile="no" if t.compile == "auto" else t.compile, workers=0, pin_memory=False))
 

@@ -37,7 +37,7 @@ def closest(
     near = difflib.get_close_matches(word, list(options), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
-# %% ../nbs/01_config.ipynb #2abf011d
+# %% ../nbs/01_config.ipynb #dcfba912
 def _check(ok: bool, message: str):
     if not ok:
         raise ConfigError(message)
@@ -50,11 +50,19 @@ def _check_choices(record):
             options = typing.get_args(hint)
             raise ConfigError(f"{name}={value!r} is none of {', '.join(options)}{closest(str(value), options)}")
 
+def _check_types(record):
+    "Each number is one, and an integer where the annotation asks for one."
+    for name, hint in typing.get_type_hints(type(record)).items():
+        value, kinds = getattr(record, name), typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        wanted = int if int in kinds else (int, float) if float in kinds else None
+        if wanted and not (value is None and types.NoneType in kinds) and (isinstance(value, bool) or not isinstance(value, wanted)):
+            raise ConfigError(f"{name}={value!r} is not {'an integer' if wanted is int else 'a number'}")
+
 def _check_positive(record, *names: str):
     for name in names:
         _check(getattr(record, name) >= 1, f"{name}={getattr(record, name)} must be at least 1")
 
-# %% ../nbs/01_config.ipynb #a8f00b88
+# %% ../nbs/01_config.ipynb #67b9e105
 Projection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian"]
 OutputProjection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian", "none"]
 
@@ -88,6 +96,7 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        _check_types(self)
         _check_choices(self)
         if self.n_kv_head is None:
             object.__setattr__(self, "n_kv_head", self.n_head)
@@ -97,6 +106,8 @@ class ModelConfig:
         _check(self.position != "rope" or self.d_head % 2 == 0, f"d_head={self.d_head} is odd: RoPE turns pairs")
         for name in ("dropout", "attn_dropout"):
             _check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1)")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         frozen = [role for role in "qkvo" if self.state(role).startswith("frozen")]
         _check(bool(frozen) or not self.ortho_shared, "ortho_shared=True needs a frozen projection: none of q, k, v, o is")
 
@@ -116,7 +127,7 @@ class ModelConfig:
         "Whether all layers use one projection of this role."
         return self.ortho_shared and self.state(role).startswith("frozen")
 
-# %% ../nbs/01_config.ipynb #65d11db1
+# %% ../nbs/01_config.ipynb #2021aa9c
 @dataclass(frozen=True)
 class HybridConfig:
     "Shape and parts of a hybrid language model."
@@ -150,6 +161,7 @@ class HybridConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        _check_types(self)
         _check_choices(self)
         for name, value in (("n_kv_head", self.n_head), ("dt_rank", math.ceil(self.d_model / 16))):
             if getattr(self, name) is None:
@@ -166,10 +178,12 @@ class HybridConfig:
                "a KV head is windowed or global, not both")
         rank, coded = self.srte_factorized_rank, self.srte_encoding
         _check(0 <= rank < self.d_model, f"srte_factorized_rank={rank} must be below d_model={self.d_model}, or 0 for a full table")
-        _check(rank == 0 or coded == "learnable", f"srte_factorized_rank={rank} needs srte_encoding='learnable', not {coded!r}")
+        _check(rank == 0 or coded == "learnable", f"srte_factorized_rank={rank} needs srte_encoding='learnable', not {coded!r}; 0: none")
         _check(coded != "sincos" or self.d_model % 2 == 0, f"srte_encoding='sincos' needs an even d_model, not {self.d_model}")
         for name in ("dropout", "attn_dropout", "branch_dropout"):
             _check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1)")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         for name in ("gate_balance", "gate_entropy"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
@@ -302,7 +316,7 @@ def cast(
     except (TypeError, ValueError):
         raise ConfigError(f"{name}={value!r} is not of type {hint.__name__}") from None
 
-# %% ../nbs/01_config.ipynb #be226931
+# %% ../nbs/01_config.ipynb #e064eeb4
 def _field_map(model: type) -> dict[str, tuple[str, Any]]:
     "Each bare field name: the record that has it, and its type."
     parts = {"model": model, "train": TrainConfig, "data": DataConfig}
@@ -314,12 +328,15 @@ def override(
 ) -> Config:
     "A configuration with some fields replaced."
     known, changes = _field_map(type(config.model)), {}
+    alien = {f.name for model in (ModelConfig, HybridConfig) for f in fields(model)} - known.keys()
     for key, value in values.items():
         part, _, name = key.rpartition(".")
         where, hint = known.get(name, (None, None))
         options = [name for name in known] if not part else [f"{p}.{n}" for n, (p, _) in known.items()]
         if where is None or part not in ("", where):
-            raise ConfigError(f"unknown parameter {key!r}{closest(key, options)}")
+            kind = "decoder" if isinstance(config.model, ModelConfig) else "hybrid model"
+            raise ConfigError(f"{key!r} is no parameter of {config.name!r}, which is a {kind}" if name in alien else
+                              f"unknown parameter {key!r}{closest(key, options)}")
         changes.setdefault(where, {})[name] = cast(name, value, hint)
     model = changes.get("model", {})
     if "n_head" in model and config.model.n_kv_head == config.model.n_head:
@@ -420,7 +437,7 @@ def to_yaml(config: Config) -> str:
     "A configuration as YAML that `load_config` reads back."
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
-# %% ../nbs/01_config.ipynb #d4e457b9
+# %% ../nbs/01_config.ipynb #615d2451
 def from_dict(
     raw: dict[str, Any],  # 'name', 'model', 'train', 'data', as `asdict` gives them, and 'preset', which they change
 ) -> Config:
@@ -429,9 +446,13 @@ def from_dict(
     for key in raw:
         if key not in known:
             raise ConfigError(f"unknown key {key!r}{closest(str(key), known)}; a configuration has {', '.join(sorted(known))}")
-    values = {f"{part}.{k}": v for part in ("model", "train", "data") for k, v in (raw.get(part) or {}).items()}
-    hybrid = (raw.get("model") or {}).get("kind") == "hybrid"
-    config = get_config(raw.get("preset", "hybrid-smoke" if hybrid else "smoke"), values)
+    parts = {part: raw.get(part) or {} for part in ("model", "train", "data")}
+    for part, fields_of in parts.items():
+        _check(isinstance(fields_of, dict), f"{part}={fields_of!r} is no mapping of names to values")
+    values = {f"{part}.{k}": v for part, fields_of in parts.items() for k, v in fields_of.items()}
+    kind = parts["model"].get("kind")
+    _check(kind in (None, "hybrid"), f"kind={kind!r} is none of hybrid; a decoder has no kind")
+    config = get_config(raw.get("preset", "hybrid-smoke" if kind else "smoke"), values)
     return replace(config, name=str(raw.get("name", config.name)))
 
 # %% ../nbs/01_config.ipynb #1fc3ba4f

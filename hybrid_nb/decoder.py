@@ -135,22 +135,25 @@ class DecoderPreTrainedModel(PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
-# %% ../nbs/09_decoder.ipynb #5e327eb0
+# %% ../nbs/09_decoder.ipynb #c016c7b9
 def token_positions(
     T: int,  # new tokens
     limit: int,  # positions that the model is made for
     device: torch.device | str | None = None,
     attention_mask: Tensor | None = None,  # (B, past + T), 0 where padded; None or another rank: no padding
     past: int = 0,  # tokens in the cache
+    position_ids: Tensor | None = None,  # (B or 1, T), where the caller has them
 ) -> Tensor:  # (B or 1, T)
     "Positions of T new tokens."
     if past + T > limit:
         raise ValueError(f"a sequence of {past + T} tokens exceeds the model's positions, max_seq_len={limit}")
+    if position_ids is not None:
+        return position_ids
     if attention_mask is None or attention_mask.dim() != 2:
         return torch.arange(past, past + T, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
 
-# %% ../nbs/09_decoder.ipynb #7f535fa6
+# %% ../nbs/09_decoder.ipynb #bb216d25
 class DecoderModel(DecoderPreTrainedModel):
     "Token ids to hidden states."
 
@@ -184,9 +187,8 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        if position_ids is None:
-            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            position_ids = token_positions(T, config.max_seq_len, device, attention_mask, past)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        position_ids = token_positions(T, config.max_seq_len, device, attention_mask, past, position_ids)
         mask = None
         if attention_mask is not None or past_key_values is not None:
             mask = create_causal_mask(config=config, inputs_embeds=h_BTD, attention_mask=attention_mask,
@@ -250,7 +252,7 @@ def linear_cross_entropy(
     "The summed cross-entropy of a linear head, without ever holding all its logits."
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, chunk)
 
-# %% ../nbs/09_decoder.ipynb #7f5850b5
+# %% ../nbs/09_decoder.ipynb #0a93e146
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     "Hidden states to next-word logits, or straight to their loss."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -270,16 +272,15 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # (B, T) word ids, shifted here, as transformers has it
-        shift_labels: Tensor | None = None,  # (B, T) word ids that are targets already
         num_items_in_batch: Tensor | int | None = None,  # the loss is the sum over targets divided by this; None: by their number
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int | Tensor = 0,  # 0: all positions
-        **kwargs,
+        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
     ) -> CausalLMOutputWithPast:  # in training with labels, logits are None: the loss never holds them
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                          output_hidden_states)
-        h_BTD, loss, logits = out.last_hidden_state, None, None
+        h_BTD, loss, logits, shift_labels = out.last_hidden_state, None, None, kwargs.get("shift_labels")
         if labels is not None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         if shift_labels is not None:

@@ -26,7 +26,7 @@ from .rope import rope_table
 from .srte import SRTE
 from .ssm import MambaMixer
 
-# %% ../nbs/10_hybrid.ipynb #80795c2c
+# %% ../nbs/10_hybrid.ipynb #f67ecf74
 class HybridLanguageModelConfig(DecoderConfig):
     "A `HybridConfig` in the form that transformers saves beside weights."
     model_type = "hybrid_nb_hybrid"
@@ -35,6 +35,7 @@ class HybridLanguageModelConfig(DecoderConfig):
         "hidden_size": "d_model", "num_layers": "n_layer", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
         "num_key_value_heads": "n_kv_head", "max_position_embeddings": "max_seq_len", "tie_word_embeddings": "tie_embeddings",
     }
+    keys_to_ignore_at_inference = ["past_key_values", "token_loss", "gates"]
 
     def __init__(self, **values):  # without one, transformers would write its own
         super().__init__(**values)
@@ -157,14 +158,22 @@ class HybridBlock(GradientCheckpointingLayer):
         update = F.dropout(fused + self.mlp(aligned), config.dropout, self.training)
         return self.output_layernorm(h_BTD + update), gate_statistics(z_BTD, keep_BT)
 
-# %% ../nbs/10_hybrid.ipynb #90084395
+# %% ../nbs/10_hybrid.ipynb #f06bcfc9
 class HybridCache(Cache):
     "What every layer keeps between calls."
 
-    def __init__(self, n_layer: int):
+    def __init__(self, shape: HybridConfig):
         super().__init__(layers=[])
-        self.states: list[dict[str, Tensor]] = [{} for _ in range(n_layer)]
+        self.windows = [shape.window_at(i) for i in range(shape.n_layer)]
+        self.reset()
+
+    def reset(self):
+        "Forget all."
+        self.states: list[dict[str, Tensor]] = [{} for _ in self.windows]
         self.length = 0  # tokens seen
+
+    def __len__(self) -> int:
+        return len(self.windows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -204,7 +213,7 @@ def _real_tokens(attention_mask: Tensor | None, past: int, T: int) -> Tensor | N
         raise ValueError("padding after real tokens: a cache can only be continued where the padding is on the left")
     return None if keep_BS.all() else keep_BS
 
-# %% ../nbs/10_hybrid.ipynb #c90319d4
+# %% ../nbs/10_hybrid.ipynb #60e0cc43
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
     "A causal language model's output with its cross-entropy and the gates' statistics."
@@ -216,11 +225,12 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
     config_class = HybridLanguageModelConfig
     base_model_prefix = ""
     _no_split_modules = ["HybridBlock"]
+    _skip_keys_device_placement = ["past_key_values", "past"]
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: HybridLanguageModelConfig):
         super().__init__(config)
-        shape = config.shape
+        self.shape = shape = config.shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.d_model)
         self.shared_srte = make_srte(shape) if shape.srte_share_across_layers else None
         self.layers = nn.ModuleList(HybridBlock(shape, i) for i in range(shape.n_layer))
@@ -238,9 +248,22 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         else:
             super()._init_weights(module)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate then leaves the cache to forward
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        "Called by `generate`, which would else make a cache of keys and values alone."
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={generation_config.cache_implementation!r}: a hybrid model has its own, HybridCache")
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HybridCache(self.shape)
+
+    def _check_cache(self, cache: Cache):
+        "Refuse what another model has left, and what recomputing a block would extend twice."
+        windows = [self.shape.window_at(i) for i in range(self.shape.n_layer)]
+        if not isinstance(cache, HybridCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; a hybrid model needs a HybridCache")
+        if cache.windows != windows:
+            raise ValueError(f"a cache for layers with windows {cache.windows} does not fit this model's {windows}")
+        if self.training and self.gradient_checkpointing:
+            raise ValueError("gradient checkpointing computes each block twice, and a cache takes its tokens once: use_cache=False")
 
     def forward(
         self,
@@ -250,25 +273,27 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         past_key_values: HybridCache | None = None,
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
         labels: Tensor | None = None,  # (B, T) word ids, shifted here, as transformers has it
-        shift_labels: Tensor | None = None,  # (B, T) word ids that are targets already
         num_items_in_batch: Tensor | int | None = None,  # the loss is the sum over targets divided by this; None: by their number
         use_cache: bool | None = None,  # None: in evaluation mode, as the configuration says
         output_hidden_states: bool = False,
         logits_to_keep: int | Tensor = 0,  # 0: all positions
-        **kwargs,
+        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
     ) -> HybridOutput:  # in training with labels, logits are None: the loss never holds them
-        config = self.config
+        config, shape = self.config, self.shape
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T, device = h_BTD.shape[1], h_BTD.device
+        if T == 0:
+            raise ValueError(f"input of shape {tuple(h_BTD.shape[:2])}: there is no token")
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = HybridCache(config.n_layer)
+            past_key_values = HybridCache(shape)
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.length
         keep_BS = _real_tokens(attention_mask, past, T)
-        if position_ids is None:
-            position_ids = token_positions(T, config.max_seq_len, device, keep_BS, past)
+        position_ids = token_positions(T, config.max_seq_len, device, keep_BS, past, position_ids)
         time = None if self.shared_srte is None else self.shared_srte(position_ids)
         rope = rope_table(position_ids, config.head_dim, config.rope_theta)
         if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
@@ -277,14 +302,14 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         states, gates = [h_BTD], []
         for i, layer in enumerate(self.layers):
             kept = None if past_key_values is None else past_key_values.states[i]
-            h_BTD, gate = layer(h_BTD, position_ids, time, rope, keep_BS, kept, config._attn_implementation)
+            h_BTD, gate = layer(h_BTD, position_ids, time, rope, keep_BS, past=kept, implementation=config._attn_implementation)
             states.append(h_BTD)
             gates.append(gate)
         if past_key_values is not None:
             past_key_values.length += T
         states[-1] = h_BTD = self.norm(h_BTD)
 
-        gates, loss, token_loss, logits = torch.stack(gates), None, None, None
+        gates, loss, token_loss, logits, shift_labels = torch.stack(gates), None, None, None, kwargs.get("shift_labels")
         if labels is not None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         if shift_labels is not None:
@@ -292,7 +317,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
             token_loss = loss = linear_cross_entropy(h_BTD, self.lm_head.weight, shift_labels) / count
             if self.training:
-                loss, token_loss = token_loss + gate_loss(gates, count_B / count, config.shape), token_loss.detach()
+                loss, token_loss = token_loss + gate_loss(gates, count_B / count, shape), token_loss.detach()
         if not (self.training and loss is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])

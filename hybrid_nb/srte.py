@@ -34,7 +34,7 @@ def sincos_table(
     angle = positions[..., None].double() * sincos_frequencies(hidden_size, positions.device)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
-# %% ../nbs/04_srte.ipynb #bda5ea0d
+# %% ../nbs/04_srte.ipynb #9ea8e846
 class SRTE(nn.Module):
     "The encoding of positions, any range of them."
 
@@ -82,8 +82,8 @@ class SRTE(nn.Module):
             return slice(start, start + positions)
         if positions.dtype == torch.bool or positions.is_floating_point() or positions.dim() not in (1, 2):
             raise ValueError(f"positions of shape {tuple(positions.shape)} and {positions.dtype}: needs (T,) or (B, T) integers")
-        positions = (positions.long() + start).view(-1, positions.shape[-1])
-        if positions.numel() and not positions.is_meta and not torch.compiler.is_compiling():
+        positions = (positions.long() + start)[None] if positions.dim() == 1 else positions.long() + start
+        if positions.numel() and positions.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
             self._check(*torch.stack(positions.aminmax()).tolist())
         return positions
 

@@ -7,7 +7,7 @@ __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'lr_at', 'parameter_g
            'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world', 'stop_requests', 'ignore_signals', 'update',
            'device_memory', 'check_memory', 'memory_gib', 'start_info', 'Progress', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #ba0a3ca9
+# %% ../nbs/15_train.ipynb #72acbebe
 import argparse
 import hashlib
 import json
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict as dataclass_dict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -347,7 +347,7 @@ def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler) 
     scaler.load_state_dict(found.state["scaler"])
     return Progress(**found.state["progress"]), [*notes, f"continued from step {found.step}"]
 
-# %% ../nbs/15_train.ipynb #a6faf4f8
+# %% ../nbs/15_train.ipynb #c8197ddf
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal) -> str:
     "Run the updates that remain; returns the state that the run ends in."
     t, main = config.train, world.rank == 0
@@ -368,14 +368,18 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
         settled = [Resolved(**old["resolved"]) if same else resolve(config, device)]
     if world.size > 1:
         dist.broadcast_object_list(settled)
-    resolved = settled[0]
+    resolved, notes = settled[0], []
+    if main and resolved.scan is not None and resolved.scan != scan_kernel(device):
+        resolved = replace(resolved, scan=scan_kernel(device))
+        notes.append(f"the selective scan's kernel is {resolved.scan} now, {settled[0].scan} before: sums may differ in their last digits")
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=resolved.precision == "fp16")
     def context(): return torch.autocast(device.type, DTYPES[resolved.precision], enabled=resolved.precision != "fp32")
 
     initial = tensor_hash(learned_state(model))
     frozen = tensor_hash({n: v for n, v in model.state_dict().items() if n in set(seeded_weights(model))})
     identity = {"config_hash": config_hash(config), "data": data.fingerprint, "frozen_sha256": frozen}
-    progress, notes = _restore(folder, identity, model, optimizer, scaler)
+    progress, found = _restore(folder, identity, model, optimizer, scaler)
+    notes += found
     if t.gradient_checkpointing:
         checkpoint_activations(model)
     net = torch.compile(model, dynamic=False) if resolved.compile else model
