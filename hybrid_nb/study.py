@@ -10,7 +10,7 @@ __all__ = ['MARGIN', 'ALPHA', 'PASSING', 'SCHEMA', 'TRAIN_RECORDS', 'PALETTE', '
            'draw_ppl', 'plot_ppl', 'draw_forest', 'plot_forest', 'recompute', 'results', 'Arm', 'Trial', 'trials',
            'worker_environment', 'report_path', 'has_report', 'study', 'LiveStudy']
 
-# %% ../nbs/20_study.ipynb #bb043b5b
+# %% ../nbs/20_study.ipynb #b919b853
 import hashlib
 import math
 import os
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict as dataclass_dict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -811,7 +811,7 @@ def _side_by_side(
                 worker.process.wait()
     return errors
 
-# %% ../nbs/20_study.ipynb #b6fc3c69
+# %% ../nbs/20_study.ipynb #43aa7f0c
 def _is_over(entry: Entry, folder: Path, runner: str) -> bool:
     "Whether there is nothing to do for a run."
     state = entry.outcome[0]
@@ -829,14 +829,15 @@ def study(
     parts: Iterable[str] = (),  # modules whose parameters have a column of their own
     margin: float = MARGIN,  # nats
     alpha: float = ALPHA,
-    workers: int = 1,  # runs at a time; 1: in this process, where `runner` is 'train'
+    workers: int = 1,  # runs at a time; 1: in this process, where `runner` is 'train'; 0: one for each GPU
     runner: str = "train",  # 'train': the loop alone; 'papermill': train.ipynb, so that each run has a report
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
     on_update: Callable[[Path, Callable[[], Study]], None] | None = None,  # called with a run's folder, and what reads the study so far
 ) -> Study:  # of status 'stopped' after SIGTERM or SIGINT: the same call continues
     "Train every arm from every seed, as far as that is not done."
-    if workers < 1:
-        raise ConfigError(f"workers={workers} must be at least 1")
+    if workers < 0:
+        raise ConfigError(f"workers={workers} must be at least 1, or 0 for one on each GPU")
+    workers = workers or max(1, torch.cuda.device_count() if device != "cpu" else 0)
     if runner not in STARTERS:
         raise ConfigError(f"runner={runner!r} is none of {', '.join(STARTERS)}{closest(runner, STARTERS)}")
     arms, seeds = list(arms), tuple(seeds)
