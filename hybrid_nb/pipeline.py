@@ -1442,8 +1442,8 @@ def _in_order(table: list[list[str]] | None) -> list[list[str]]:
     head, *rows = zip(*columns, strict=True) if columns else [()]
     return [list(head), *sorted(map(list, rows))]
 
-# %% ../nbs/18_pipeline.ipynb #0cf411fa
-_READERS = {"study": "hybrid_nb.study", "qk-freeze": "hybrid_nb.freeze"}  # kind of bundle: the module that recomputes it; a run's has no kind
+# %% ../nbs/18_pipeline.ipynb #d39ea86b
+_READERS = {"study": "hybrid_nb.study", "qk-freeze": "hybrid_nb.freeze"}  # kind of bundle: its module; that of a run has no kind
 
 def verify_quick(
     report: str | Path,

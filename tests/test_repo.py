@@ -103,6 +103,8 @@ def test_pipeline_is_prose_and_calls(path):
     cells = code_cells(path)
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     assert [n for cell in cells for n in ast.walk(tree(cell["source"])) if isinstance(n, defined)] == []
+    prose = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+    assert not [text for text in prose if "$" in text], "a report has no MathJax: formulas of a pipeline are words"
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1
     for node in tree(tagged[0]["source"]).body:
