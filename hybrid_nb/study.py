@@ -196,7 +196,7 @@ class Comparison:
             return "FAIL"
         return "PASS" if self.word in PASSING and not self.lost else "INCONCLUSIVE"
 
-# %% ../nbs/20_study.ipynb #6d9e8ecc
+# %% ../nbs/20_study.ipynb #24e324b9
 def _runs_by_seed(runs: Iterable[Run | StoredRun], what: str) -> dict[int, Run | StoredRun]:
     found = {}
     for run in runs:
@@ -211,7 +211,7 @@ def _lost_pair(outcomes: dict[str, tuple[str, str]]) -> str:
                      for name, (state, why) in outcomes.items() if state != "done")
 
 def _unshared(base: Run | StoredRun, arm: Run | StoredRun) -> list[str]:
-    names = ("device_name", "precision", "compile", "attention")
+    names = ("device_name", "precision", "compile", "attention", "scan")
     pairs = {n: [r.info["resolved"].get(n) for r in (base, arm)] for n in names}
     return [f"{n} is {there} of the baseline and {here} of the arm" for n, (there, here) in pairs.items() if there != here]
 
