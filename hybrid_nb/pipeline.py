@@ -1413,7 +1413,7 @@ hnb sample train-smoke-s0-1a2b3c --prompt "Once" --tokens 50
     path = Path(run) if (Path(run) / "run.json").is_file() else checkout() / "runs" / run
     print(prompt + sample_run(path, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
 
-# %% ../nbs/18_pipeline.ipynb #1d76191e
+# %% ../nbs/18_pipeline.ipynb #94530b0b
 def read_result(
     report: str | Path,  # a published notebook
 ) -> dict[str, Any]:
@@ -1432,7 +1432,7 @@ def read_result(
         raise RunError(f"{path} is no report: {problem}", BAD_DATA)
     result = shown_result(nb)
     if not {"bundle", "results"} <= result.keys():
-        raise RunError(f"{path} stores no run to verify: its result has no bundle and results", BAD_DATA)
+        raise RunError(f"{path} holds times measured on the spot and stores no run to verify", BAD_DATA)
     return result
 
 # %% ../nbs/18_pipeline.ipynb #54769334
