@@ -57,7 +57,7 @@ def _ffn_rows(config: Config, layer: int) -> list[ParamRow]:
         rows += [ParamRow(layer, f"ffn.{name}.bias", shape[:1])] if m.ffn_bias else []
     return rows
 
-# %% ../nbs/12_account.ipynb #193c6bc0
+# %% ../nbs/12_account.ipynb #7f95dbc6
 def _linear_rows(layer: int | None, name: str, out: int, inner: int, bias: bool = True) -> list[ParamRow]:
     return [ParamRow(layer, name, (out, inner)), *([ParamRow(layer, f"{name}.bias", (out,))] if bias else [])]
 
@@ -84,7 +84,7 @@ def _hybrid_block_rows(config: Config, layer: int) -> list[ParamRow]:
         *_linear_rows(layer, "align.residual", D, 2 * D),
         *_linear_rows(layer, "gate.down", m.gate_rank, D, bias=False), *_linear_rows(layer, "gate.up", D, m.gate_rank, bias=False),
         *_linear_rows(layer, "fusion", D, D),
-        *_linear_rows(layer, "mlp.up", m.mlp_ratio * D, D), *_linear_rows(layer, "mlp.down", D, m.mlp_ratio * D),
+        *_linear_rows(layer, "mlp.up", m.d_ff, D), *_linear_rows(layer, "mlp.down", D, m.d_ff),
         *_norm_rows(config, layer, "norm2"),
     ]
 
@@ -175,7 +175,7 @@ def document_memory(config: Config) -> int:  # bytes
     activations = 30 * t.batch_size * t.seq_len * config.model.d_model * 2
     return round(1.2 * (2 * n + 2 * n + 8 * n + activations))
 
-# %% ../nbs/12_account.ipynb #77624189
+# %% ../nbs/12_account.ipynb #740c3aff
 LOSS_ROWS = 1024  # rows of logits that the decoder's loss holds at once
 QUERY_BLOCK = 128  # queries that attention on a CPU takes at once
 BLOCKS_UP_TO = 2048  # tokens; longer sequences take fused attention on a CPU too
@@ -194,7 +194,7 @@ def _attention_bytes(config: Config, c: int, fused: bool) -> float:
 def _hybrid_layer_bytes(config: Config, c: int, fused: bool) -> float:
     m, T, block = config.model, config.train.seq_len, min(QUERY_BLOCK, config.train.seq_len)
     D, E, KV = m.d_model, m.d_inner, m.n_kv_head * m.d_head
-    maps = c * (15 * D + 2 * m.mlp_ratio * D + m.gate_rank + m.dt_rank) + 8 * D + 16 + (c * D if m.dropout else 0)
+    maps = c * (15 * D + 2 * m.d_ff + m.gate_rank + m.dt_rank) + 8 * D + 16 + (c * D if m.dropout else 0)
     scan = (c * (6 if c == 4 else 7) + 16) * E + 8 * m.d_state + 4 * E * m.d_state * math.ceil(T / SCAN_CHUNK) / T
     if fused:
         return maps + scan + c * (2 * D + 2 * KV) + 4 * m.n_head

@@ -127,7 +127,7 @@ class ModelConfig:
         "Whether all layers use one projection of this role."
         return self.ortho_shared and self.state(role).startswith("frozen")
 
-# %% ../nbs/01_config.ipynb #2021aa9c
+# %% ../nbs/01_config.ipynb #ac8245e3
 @dataclass(frozen=True)
 class HybridConfig:
     "Shape and parts of a hybrid language model."
@@ -196,6 +196,16 @@ class HybridConfig:
     def d_inner(self) -> int:
         "Channels of the scan."
         return self.expand * self.d_model
+
+    @property
+    def d_ff(self) -> int:
+        "Inner width of the MLP."
+        return self.mlp_ratio * self.d_model
+
+    @property
+    def ffn_bias(self) -> bool:
+        "The MLP's matrices have biases."
+        return True
 
     def window_at(
         self,

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['GELUFeedForward', 'SwiGLUFeedForward', 'feed_forward']
 
-# %% ../nbs/08_ffn.ipynb #4073629a
+# %% ../nbs/08_ffn.ipynb #fc88fe12
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import HybridConfig, ModelConfig
 
-# %% ../nbs/08_ffn.ipynb #c2fa4d99
+# %% ../nbs/08_ffn.ipynb #fe9faf86
 class GELUFeedForward(nn.Module):
     "Two matrices around a GELU."
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig | HybridConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.ffn_bias)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.ffn_bias)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT_TOTALS', 'HybridLanguageModelConfig', 'drop_branch', 'BranchGate', 'gate_statistics', 'gate_loss',
-           'Alignment', 'WideMLP', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridLanguageModel',
-           'make_model', 'count_parts', 'document_totals', 'document_claims']
+           'Alignment', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridLanguageModel', 'make_model',
+           'count_parts', 'document_totals', 'document_claims']
 
-# %% ../nbs/10_hybrid.ipynb #0f4dd39d
+# %% ../nbs/10_hybrid.ipynb #a41079f6
 import math
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import LocalGlobalAttention
 from .config import PRESETS, HybridConfig, ModelConfig
 from .decoder import DecoderConfig, DecoderPreTrainedModel, linear_cross_entropy, make_decoder, token_positions
+from .ffn import GELUFeedForward
 from .rope import rope_table
 from .srte import SRTE
 from .ssm import MambaMixer
@@ -88,7 +89,7 @@ def gate_loss(
     loss_LB = config.gate_balance * F.relu((mean_LB - 0.5).abs() - 0.1) + config.gate_entropy * (math.log(2) - entropy_LB)
     return (loss_LB.mean(0) * share_B).sum()
 
-# %% ../nbs/10_hybrid.ipynb #060440a1
+# %% ../nbs/10_hybrid.ipynb #65ef8f51
 class Alignment(nn.Module):
     "Both branches brought to one width: an MLP of two layers beside a linear map."
 
@@ -101,18 +102,7 @@ class Alignment(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, 2 D) to (B, T, D)
         return self.down_proj(F.gelu(self.up_proj(x))) + self.residual(x)
 
-class WideMLP(nn.Module):
-    "Two matrices with biases around a GELU."
-
-    def __init__(self, config: HybridConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.d_model, config.mlp_ratio * config.d_model)
-        self.down_proj = nn.Linear(config.mlp_ratio * config.d_model, config.d_model)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:  # (B, T, D)
-        return self.down_proj(F.gelu(self.up_proj(x_BTD)))
-
-# %% ../nbs/10_hybrid.ipynb #6e0ed405
+# %% ../nbs/10_hybrid.ipynb #24b83736
 def make_srte(config: HybridConfig) -> SRTE | None:
     "The time encoding that a configuration names; None where it has none."
     if config.srte_encoding == "none":
@@ -132,7 +122,7 @@ class HybridBlock(GradientCheckpointingLayer):
         self.align = Alignment(config)
         self.gate = BranchGate(config)
         self.fusion = nn.Linear(config.d_model, config.d_model)
-        self.mlp = WideMLP(config)
+        self.mlp = GELUFeedForward(config)
         self.output_layernorm = nn.LayerNorm(config.d_model, config.norm_eps)
 
     def forward(
@@ -213,7 +203,7 @@ def _real_tokens(attention_mask: Tensor | None, past: int, T: int) -> Tensor | N
         raise ValueError("padding after real tokens: a cache can only be continued where the padding is on the left")
     return None if keep_BS.all() else keep_BS
 
-# %% ../nbs/10_hybrid.ipynb #60e0cc43
+# %% ../nbs/10_hybrid.ipynb #9c528ee8
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
     "A causal language model's output with its cross-entropy and the gates' statistics."
@@ -241,9 +231,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, SRTE):
-            module.reset_parameters()
-        elif isinstance(module, MambaMixer):
+        if isinstance(module, (SRTE, MambaMixer)):
             module.reset_parameters()
         else:
             super()._init_weights(module)

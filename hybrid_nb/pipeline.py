@@ -1226,7 +1226,7 @@ hnb run train -f pipelines/params/tinystories.yaml
     name, parameters = _words(ctx, "PIPELINE")
     run_pipeline(name, parameters, output)
 
-# %% ../nbs/18_pipeline.ipynb #f64253b4
+# %% ../nbs/18_pipeline.ipynb #9a76207e
 def preset_rows() -> list[dict[str, Any]]:
     "Shape, size and schedule of each preset."
     from hybrid_nb.account import count_params
@@ -1236,7 +1236,7 @@ def preset_rows() -> list[dict[str, Any]]:
         m, t, count = config.model, config.train, count_params(config)
         rows.append({
             "preset": name, "layers": m.n_layer, "width": m.d_model, "heads": f"{m.n_head}/{m.n_kv_head}",
-            "ffn": f"gelu {m.mlp_ratio * m.d_model}" if isinstance(m, HybridConfig) else f"{m.ffn} {m.d_ff}", "vocab": m.vocab_size,
+            "ffn": f"{getattr(m, 'ffn', 'gelu')} {m.d_ff}", "vocab": m.vocab_size,
             "parameters": count.total, "trainable": count.trainable,
             "frozen": "-" if isinstance(m, HybridConfig) else "".join(r for r in "qkvo" if m.state(r).startswith("frozen")) or "-",
             "steps": t.steps,
