@@ -44,6 +44,17 @@ def _projection_rows(config: Config, layer: int | None, roles: str) -> list[Para
             rows += [ParamRow(layer, f"attention.{role}.bias", (out,))] if m.attn_bias else []
     return rows
 
+# %% ../nbs/12_account.ipynb #fe700c38
+def _adapter_rows(config: Config, layer: int) -> list[ParamRow]:
+    "The trainable parts around Q and K."
+    m, rows = config.model, []
+    for role, width in (("q", m.d_model), ("k", m.n_kv_head * m.d_head)):
+        if m.qk_rank and m.state(role).startswith("frozen"):
+            rows += [ParamRow(layer, f"attention.{role}.down", (m.qk_rank, m.d_model)), ParamRow(layer, f"attention.{role}.up", (width, m.qk_rank))]
+        rows += [ParamRow(layer, f"attention.{role}.shift", (width,))] if m.qk_shift else []
+        rows += [ParamRow(layer, f"attention.{role}.norm", (m.d_head,))] if m.qk_norm else []
+    return rows + ([ParamRow(layer, "attention.temperature", (m.n_head,))] if m.qk_temperature else [])
+
 # %% ../nbs/12_account.ipynb #17f92888
 def _norm_rows(config: Config, layer: int | None, name: str) -> list[ParamRow]:
     parts = ("weight",) if getattr(config.model, "norm", "layernorm") == "rmsnorm" else ("weight", "bias")
@@ -88,7 +99,7 @@ def _hybrid_block_rows(config: Config, layer: int) -> list[ParamRow]:
         *_norm_rows(config, layer, "norm2"),
     ]
 
-# %% ../nbs/12_account.ipynb #9b53a85c
+# %% ../nbs/12_account.ipynb #2f6b439d
 @functools.lru_cache(maxsize=32)
 def param_rows(config: Config) -> tuple[ParamRow, ...]:
     "Every weight of the model that a configuration describes."
@@ -105,6 +116,7 @@ def param_rows(config: Config) -> tuple[ParamRow, ...]:
         for layer in range(m.n_layer):
             rows += _norm_rows(config, layer, "norm1")
             rows += _projection_rows(config, layer, "".join(role for role in "qkvo" if role not in shared))
+            rows += _adapter_rows(config, layer)
             rows += _norm_rows(config, layer, "norm2") + _ffn_rows(config, layer)
     rows += _norm_rows(config, None, "norm")
     return tuple(rows + ([] if m.tie_embeddings else [ParamRow(None, "head", (m.vocab_size, m.d_model))]))
@@ -175,7 +187,7 @@ def document_memory(config: Config) -> int:  # bytes
     activations = 30 * t.batch_size * t.seq_len * config.model.d_model * 2
     return round(1.2 * (2 * n + 2 * n + 8 * n + activations))
 
-# %% ../nbs/12_account.ipynb #740c3aff
+# %% ../nbs/12_account.ipynb #df9f9f34
 LOSS_ROWS = 1024  # rows of logits that the decoder's loss holds at once
 QUERY_BLOCK = 128  # queries that attention on a CPU takes at once
 BLOCKS_UP_TO = 2048  # tokens; longer sequences take fused attention on a CPU too
@@ -186,7 +198,7 @@ def _attention_bytes(config: Config, c: int, fused: bool) -> float:
     D, KV, block = m.d_model, m.n_kv_head * m.d_head, min(QUERY_BLOCK, config.train.seq_len)
     if fused:
         return c * (2 * D + 2 * KV) + 4 * m.n_head
-    output = D if m.o in ("trainable", "orthogonal") else 0
+    output = D if m.o in ("trainable", "orthogonal", "gaussian") else 0
     noise = 2 * c if m.attn_dropout and c == 4 else c if m.attn_dropout else 0
     probs = (4 + noise + (c if c == 2 else 0)) * m.n_head * (T + block) / 2
     return c * (D + output + (math.ceil(T / block) + 1) * KV) + probs
@@ -203,15 +215,21 @@ def _hybrid_layer_bytes(config: Config, c: int, fused: bool) -> float:
     probs = 4 * (m.n_head - m.global_heads) * seen / T + (4 if c == 4 else 6) * m.global_heads * (T + block) / 2
     return maps + scan + c * (D + 2 * KV) + probs
 
+def _adapter_bytes(config: Config, c: int) -> float:
+    m, queries, both = config.model, config.model.d_model, config.model.d_model + config.model.n_kv_head * config.model.d_head
+    corrected = sum(m.state(role).startswith("frozen") for role in "qk")
+    norms = 8 * both + 4 * (m.n_head + m.n_kv_head) if m.qk_norm else 0
+    return norms + c * (m.qk_rank * corrected + (2 * both if m.qk_shift else 0) + (queries if m.qk_temperature else 0))
+
 def _layer_bytes(config: Config, c: int, fused: bool) -> float:
     "Bytes that autograd keeps for one token of one layer, at c bytes an element."
     m = config.model
     if isinstance(m, HybridConfig):
         return _hybrid_layer_bytes(config, c, fused)
-    inputs = 2 if any(not m.state(role).startswith("frozen") for role in "qkv") else 1
+    inputs = 2 if any(not m.state(role).startswith("frozen") for role in "qkv") or m.qk_rank else 1
     ffn = (2 if m.ffn == "gelu" else 4) * m.d_ff
     noise = 2 * m.d_model * (1 if fused else c) if m.dropout else 0
-    return c * ((2 + inputs) * m.d_model + ffn) + 16 + _attention_bytes(config, c, fused) + noise
+    return c * ((2 + inputs) * m.d_model + ffn) + 16 + _attention_bytes(config, c, fused) + _adapter_bytes(config, c) + noise
 
 # %% ../nbs/12_account.ipynb #334ee03f
 def memory(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Projection', 'OutputProjection', 'PRESETS', 'ConfigError', 'closest', 'ModelConfig', 'HybridConfig', 'TrainConfig',
-           'DataConfig', 'Config', 'asdict', 'config_hash', 'cast', 'override', 'get_config', 'to_yaml', 'from_dict',
-           'load_config']
+           'DataConfig', 'DistillConfig', 'Config', 'asdict', 'config_hash', 'cast', 'override', 'get_config',
+           'to_yaml', 'from_dict', 'load_config']
 
 # %% ../nbs/01_config.ipynb #bbf8ce1b
 import dataclasses
@@ -37,7 +37,7 @@ def closest(
     near = difflib.get_close_matches(word, list(options), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
-# %% ../nbs/01_config.ipynb #dcfba912
+# %% ../nbs/01_config.ipynb #9501565f
 def _check(ok: bool, message: str):
     if not ok:
         raise ConfigError(message)
@@ -62,9 +62,13 @@ def _check_positive(record, *names: str):
     for name in names:
         _check(getattr(record, name) >= 1, f"{name}={getattr(record, name)} must be at least 1")
 
-# %% ../nbs/01_config.ipynb #67b9e105
-Projection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian"]
-OutputProjection = Literal["trainable", "orthogonal", "frozen-orthogonal", "frozen-gaussian", "none"]
+def _later(default) -> Any:
+    "An option that earlier versions had not: `asdict` leaves it out at its default, and their hashes and tables stay."
+    return field(default=default, metadata={"later": True})
+
+# %% ../nbs/01_config.ipynb #087565d3
+Projection = Literal["trainable", "orthogonal", "gaussian", "frozen-orthogonal", "frozen-gaussian"]
+OutputProjection = Literal["trainable", "orthogonal", "gaussian", "frozen-orthogonal", "frozen-gaussian", "none"]
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -94,6 +98,21 @@ class ModelConfig:
     ortho_shared: bool = False  # one frozen matrix a role for all layers
     ortho_seed: int = 0  # frozen weights are a function of (ortho_seed, layer, role)
     init_std: float = 0.02
+    qk_norm: bool = _later(False)  # queries and keys have unit mean square in each head, times a learned scale a channel
+    qk_temperature: bool = _later(False)  # a learned factor of the scores, one a query head
+    qk_shift: bool = _later(False)  # the inputs of Q and K are mixed with the token before, a learned share a channel
+    qk_rank: int = _later(0)  # rank of a trainable correction beside each frozen Q and K; 0: none
+    rope_type: Literal["default", "linear", "ntk", "llama3", "yarn"] = _later("default")  # how RoPE is stretched beyond rope_original
+    rope_factor: float = _later(1.0)  # by how much; >= 1
+    rope_original: int | None = _later(None)  # positions before stretching; None: max_seq_len / rope_factor
+    n_routed_experts: int = _later(0)  # SwiGLU experts that a router chooses from; 0: dense
+    num_experts_per_tok: int = _later(2)  # of the routed ones
+    n_shared_experts: int = _later(0)  # experts that see every token
+    moe_d_ff: int | None = _later(None)  # inner width of an expert; None: d_ff
+    moe_layers: int | None = _later(None)  # how many layers have experts, the last ones; None: all
+    norm_topk_prob: bool = _later(True)  # the chosen experts' weights sum to 1
+    aux_loss_alpha: float = _later(0.1)  # weight of the load-balancing loss
+    seq_aux: bool = _later(True)  # balance is measured in each sequence, not in the batch
 
     def __post_init__(self):
         _check_types(self)
@@ -110,11 +129,49 @@ class ModelConfig:
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         frozen = [role for role in "qkvo" if self.state(role).startswith("frozen")]
         _check(bool(frozen) or not self.ortho_shared, "ortho_shared=True needs a frozen projection: none of q, k, v, o is")
+        narrow = self.n_kv_head * self.d_head
+        _check(0 <= self.qk_rank < narrow, f"qk_rank={self.qk_rank} must be below n_kv_head * d_head = {narrow}, or 0 for no correction")
+        _check(self.qk_rank == 0 or bool({"q", "k"} & {*frozen}), f"qk_rank={self.qk_rank} corrects frozen projections: neither q nor k is")
+        stretched = self.rope_type != "default"
+        _check(self.rope_factor >= 1, f"rope_factor={self.rope_factor} must be at least 1")
+        _check(stretched or self.rope_factor == 1, f"rope_factor={self.rope_factor} needs a rope_type other than 'default'")
+        _check(not stretched or self.position == "rope", f"rope_type={self.rope_type!r} needs position='rope', not {self.position!r}")
+        self._check_experts()
+
+    def _check_experts(self):
+        n, chosen, shared = self.n_routed_experts, self.num_experts_per_tok, self.n_shared_experts
+        for name in ("n_routed_experts", "n_shared_experts", "aux_loss_alpha"):
+            _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _check(n == 0 or 1 <= chosen <= n, f"num_experts_per_tok={chosen} is outside 1 to n_routed_experts={n}")
+        _check(n > 0 or shared == 0, f"n_shared_experts={shared} needs routed experts beside them: n_routed_experts=0")
+        _check(n == 0 or self.ffn == "swiglu", f"n_routed_experts={n} needs ffn='swiglu', not {self.ffn!r}")
+        _check(n == 0 or not self.ffn_bias, f"ffn_bias=True has no place in experts, n_routed_experts={n}: they have no biases")
+        for name, most in (("moe_d_ff", math.inf), ("moe_layers", self.n_layer), ("rope_original", math.inf)):
+            value = getattr(self, name)
+            _check(value is None or 1 <= value <= most, f"{name}={value} is outside 1 to {most}" if most < math.inf else
+                   f"{name}={value} must be at least 1")
 
     @property
     def d_head(self) -> int:
         "Width of one head."
         return self.d_model // self.n_head
+
+    @property
+    def adapts_qk(self) -> bool:
+        "Whether anything trainable stands between the projections of Q and K and the scores."
+        return self.qk_norm or self.qk_temperature or self.qk_shift or self.qk_rank > 0
+
+    @property
+    def d_expert(self) -> int:
+        "Inner width of one expert."
+        return self.moe_d_ff or self.d_ff
+
+    def is_moe(
+        self,
+        layer: int,  # from 0
+    ) -> bool:
+        "Whether a layer's feed-forward network is a mixture of experts."
+        return self.n_routed_experts > 0 and layer >= self.n_layer - (self.moe_layers or self.n_layer)
 
     def state(
         self,
@@ -216,7 +273,7 @@ class HybridConfig:
             return self.window
         return self.first_window + (self.window - self.first_window) * layer // (self.n_layer - 1)
 
-# %% ../nbs/01_config.ipynb #4ae10138
+# %% ../nbs/01_config.ipynb #ac616a82
 @dataclass(frozen=True)
 class TrainConfig:
     "Optimizer, schedule, batch, precision and intervals of a run; lengths in tokens, intervals in steps."
@@ -246,6 +303,11 @@ class TrainConfig:
     workers: int = 0  # processes that prepare batches
     pin_memory: bool = False
     seed: int = 0
+    optimizer: Literal["adamw", "adafactor"] = _later("adamw")
+    grad_noise: float = _later(0.0)  # standard deviation of Gaussian noise on each gradient, over its root mean square; 0: none
+    grad_noise_after: float = _later(0.5)  # the share of the steps after which it sets in
+    late_dropout: float | None = _later(None)  # dropout after late_dropout_after; None: as before
+    late_dropout_after: float = _later(0.5)  # a share of the steps
 
     def __post_init__(self):
         _check_choices(self)
@@ -253,18 +315,20 @@ class TrainConfig:
                         "log_interval", "keep_checkpoints", "restart_interval")
         for name in ("lr", "eps", "grad_clip", "power"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "warmup_steps", "eval_batches", "workers", "seed"):
+        for name in ("weight_decay", "warmup_steps", "eval_batches", "workers", "seed", "grad_noise"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("min_lr_ratio", "decay_fraction"):
+        for name in ("min_lr_ratio", "decay_fraction", "grad_noise_after", "late_dropout_after"):
             _check(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} is outside [0, 1]")
+        _check(0 <= (self.late_dropout or 0) < 1, f"late_dropout={self.late_dropout} is outside [0, 1)")
         _check(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} are outside [0, 1)")
 
-# %% ../nbs/01_config.ipynb #4a382f09
+# %% ../nbs/01_config.ipynb #c2dc648d
 @dataclass(frozen=True)
 class DataConfig:
     "Where text comes from and how it becomes tokens."
     source: str = "grammar"  # 'grammar', a file or folder, or 'hf:owner/name'
     text_key: str = "text"  # key of JSON lines, column of a hub data set
+    answer_key: str = _later("")  # key of answers: the text before them is then given, and only answers are learned; empty: none
     tokenizer: str = "bpe"  # 'bpe' (trained on the text), a folder, or 'hf:owner/name'
     bpe_vocab: int = 1024  # size of a tokenizer trained here; at most the model's vocabulary is used
     valid_fraction: float = 0.05  # of documents held out where the source has no validation split
@@ -277,21 +341,59 @@ class DataConfig:
         _check_positive(self, "grammar_stories")
 
 @dataclass(frozen=True)
+class DistillConfig:
+    "Distillation: keys and values of teachers as targets beside the next token."
+    teachers: str = ""  # run folders, model folders or hf:owner/name, separated by commas; at least one
+    weights: str = "equal"  # of the teachers: 'equal', 'learned', or a number for each, separated by commas
+    kv_weight: float = 1.0  # of the loss of keys and values beside the cross-entropy
+    mse: float = 1.0  # coefficient of the squared error
+    cosine: float = 0.0  # coefficient of 1 - cosine
+    projector: Literal["elastic", "linear"] = "elastic"
+    mlp_ratio: float = 1.0  # hidden width of an elastic projector over the teacher's
+    dropout: float = 0.1  # inside an elastic projector
+    init_method: Literal["xavier", "kaiming", "normal"] = "xavier"
+    layers: Literal["nearest", "interpolated"] = "nearest"  # which of a teacher's layers a layer of the student learns from
+    projector_lr: float = 1e-3  # peak; the schedule is the student's
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the teachers' weights and arithmetic
+    keep: Literal["fp32", "bf16", "fp16"] = "bf16"  # precision in which keys and values are kept on disk
+    cache_gib: float = 16.0  # that all kept keys and values may take; 0: teachers compute in every step
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_choices(self)
+        names = [name.strip() for name in self.teachers.split(",") if name.strip()]
+        _check(bool(names), f"teachers={self.teachers!r} names no teacher: a run's folder, a model's, or 'hf:owner/name'")
+        _check(len(set(names)) == len(names), f"teachers={self.teachers!r} names a teacher twice")
+        given = self.weights.split(",") if self.weights not in ("equal", "learned") else []
+        _check(not given or len(given) == len(names), f"weights={self.weights!r} gives {len(given)} weights for {len(names)} teachers")
+        plain = all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e-?\d+)?\s*", w) for w in given)
+        _check(plain and (not given or any(map(float, given))),
+               f"weights={self.weights!r} must be 'equal', 'learned', or numbers of at least 0, not all 0")
+        for name in ("mlp_ratio", "projector_lr"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        for name in ("kv_weight", "mse", "cosine", "cache_gib"):
+            _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _check(self.mse + self.cosine > 0, "mse=0 and cosine=0 leave no loss")
+        _check(0 <= self.dropout < 1, f"dropout={self.dropout} is outside [0, 1)")
+
+@dataclass(frozen=True)
 class Config:
     "Everything that decides a run's result."
     name: str = "smoke"
     model: ModelConfig | HybridConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    distill: DistillConfig | None = _later(None)
 
     def __post_init__(self):
         _check(self.train.seq_len <= self.model.max_seq_len,
                f"seq_len={self.train.seq_len} exceeds the model's positions, max_seq_len={self.model.max_seq_len}")
 
-# %% ../nbs/01_config.ipynb #09b7f75f
+# %% ../nbs/01_config.ipynb #6667c1b9
 def asdict(config) -> dict[str, Any]:
-    "A configuration as plain dictionaries and lists, ready for JSON or YAML."
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    "A configuration as plain dictionaries and lists, ready for JSON or YAML; options added later are left out at their defaults."
+    plain = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("later") or getattr(config, f.name) != f.default}
+    return {name: asdict(v) if dataclasses.is_dataclass(v) else json.loads(json.dumps(v)) for name, v in plain.items()}
 
 def config_hash(config) -> str:  # 64 hexadecimal digits
     "SHA-256 of a configuration's canonical JSON."
@@ -326,7 +428,7 @@ def cast(
     except (TypeError, ValueError):
         raise ConfigError(f"{name}={value!r} is not of type {hint.__name__}") from None
 
-# %% ../nbs/01_config.ipynb #e064eeb4
+# %% ../nbs/01_config.ipynb #2ec3f22c
 def _field_map(model: type) -> dict[str, tuple[str, Any]]:
     "Each bare field name: the record that has it, and its type."
     parts = {"model": model, "train": TrainConfig, "data": DataConfig}
@@ -338,11 +440,12 @@ def override(
 ) -> Config:
     "A configuration with some fields replaced."
     known, changes = _field_map(type(config.model)), {}
+    distill = {f"distill.{name}": ("distill", hint) for name, hint in typing.get_type_hints(DistillConfig).items()}
     alien = {f.name for model in (ModelConfig, HybridConfig) for f in fields(model)} - known.keys()
     for key, value in values.items():
         part, _, name = key.rpartition(".")
-        where, hint = known.get(name, (None, None))
-        options = [name for name in known] if not part else [f"{p}.{n}" for n, (p, _) in known.items()]
+        where, hint = distill.get(key) or known.get(name, (None, None))
+        options = [name for name in known] if not part else [f"{p}.{n}" for n, (p, _) in known.items()] + [*distill]
         if where is None or part not in ("", where):
             kind = "decoder" if isinstance(config.model, ModelConfig) else "hybrid model"
             raise ConfigError(f"{key!r} is no parameter of {config.name!r}, which is a {kind}" if name in alien else
@@ -353,7 +456,8 @@ def override(
         model.setdefault("n_kv_head", None)
     if "d_model" in model and getattr(config.model, "dt_rank", 0) == math.ceil(config.model.d_model / 16):
         model.setdefault("dt_rank", None)
-    return replace(config, **{part: replace(getattr(config, part), **c) for part, c in changes.items()})
+    new = {part: replace(getattr(config, part), **c) for part, c in changes.items() if getattr(config, part) is not None}
+    return replace(config, **new | ({"distill": DistillConfig(**changes["distill"])} if "distill" in changes.keys() - new.keys() else {}))
 
 # %% ../nbs/01_config.ipynb #d3389f93
 def _ora(n_layer: int, d_model: int) -> ModelConfig:
@@ -447,16 +551,16 @@ def to_yaml(config: Config) -> str:
     "A configuration as YAML that `load_config` reads back."
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
-# %% ../nbs/01_config.ipynb #615d2451
+# %% ../nbs/01_config.ipynb #132eda38
 def from_dict(
     raw: dict[str, Any],  # 'name', 'model', 'train', 'data', as `asdict` gives them, and 'preset', which they change
 ) -> Config:
     "The configuration that plain dictionaries describe; what they leave out is the preset's."
-    known = {"preset", "name", "model", "train", "data"}
+    known = {"preset", "name", "model", "train", "data", "distill"}
     for key in raw:
         if key not in known:
             raise ConfigError(f"unknown key {key!r}{closest(str(key), known)}; a configuration has {', '.join(sorted(known))}")
-    parts = {part: raw.get(part) or {} for part in ("model", "train", "data")}
+    parts = {part: raw.get(part) or {} for part in ("model", "train", "data", "distill")}
     for part, fields_of in parts.items():
         _check(isinstance(fields_of, dict), f"{part}={fields_of!r} is no mapping of names to values")
     values = {f"{part}.{k}": v for part, fields_of in parts.items() for k, v in fields_of.items()}

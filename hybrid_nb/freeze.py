@@ -31,14 +31,23 @@ from .report import GREY, Picture, StoredRun, Table
 from .runs import BAD_DATA, Run, RunError, checkout
 from .study import ALPHA, MARGIN, PALETTE, Arm, Comparison, Study, compare, spread, t_interval
 
-# %% ../nbs/21_freeze.ipynb #3cbd6746
-ARMS: dict[str, dict[str, str]] = {
+# %% ../nbs/21_freeze.ipynb #af0e484e
+_FROZEN = {"q": "frozen-orthogonal", "k": "frozen-orthogonal", "ortho_method": "per-head"}
+_PLAIN = {"ortho_shared": False, "qk_norm": False, "qk_temperature": False, "qk_rank": 0, "qk_shift": False}
+ARMS: dict[str, dict[str, Any]] = {
     "a-base": {"q": "trainable", "k": "trainable"},
     "b-orthogonal": {"q": "orthogonal", "k": "orthogonal", "ortho_method": "per-head"},
-    "c-frozen": {"q": "frozen-orthogonal", "k": "frozen-orthogonal", "ortho_method": "per-head"},
+    "c-frozen": _FROZEN,
     "d-gaussian": {"q": "frozen-gaussian", "k": "frozen-gaussian"},
     "e-global": {"q": "frozen-orthogonal", "k": "frozen-orthogonal", "ortho_method": "global"},
     "f-global-trained": {"q": "orthogonal", "k": "orthogonal", "ortho_method": "global"},
+    "g-gaussian-trained": {"q": "gaussian", "k": "gaussian"},
+    "h-norm": _FROZEN | {"qk_norm": True},
+    "i-temperature": _FROZEN | {"qk_temperature": True},
+    "j-rank": _FROZEN | {"qk_rank": 8},
+    "k-shift": _FROZEN | {"qk_shift": True},
+    "l-all": _FROZEN | {"qk_norm": True, "qk_temperature": True, "qk_rank": 8, "qk_shift": True},
+    "m-base-freed": {"q": "trainable", "k": "trainable", "qk_norm": True, "qk_temperature": True, "qk_shift": True},
 }
 
 def freeze_arms(
@@ -52,7 +61,7 @@ def freeze_arms(
     for letter in groups:
         if letter not in names or groups.count(letter) > 1:
             raise ConfigError(f"groups={groups!r} must be different letters of {''.join(names)}")
-    return [Arm(names[letter], {"ortho_shared": False} | ARMS[names[letter]], seeded=("ortho_seed",)) for letter in groups]
+    return [Arm(names[letter], _PLAIN | ARMS[names[letter]], seeded=("ortho_seed",)) for letter in groups]
 
 # %% ../nbs/21_freeze.ipynb #5af6101d
 def find_runs(
