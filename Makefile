@@ -53,6 +53,12 @@ reports: $(VENV)/.base
 	test ! -d data/tinystories || $(BIN)/hnb run srte -f pipelines/params/srte.yaml
 	$(BIN)/hnb run benchmark -p shape both -p full true
 	$(BIN)/hnb run scaling -p full true
+	$(BIN)/hnb run qk_speed -p model gpt-base -p rounds 15
+	$(BIN)/hnb run projector -p full true -p seeds 3
+	$(BIN)/hnb run parallel
+	test ! -d data/tinystories || for p in qk_freeze distill context foundation; do $(BIN)/hnb run $$p -f pipelines/params/$$p.yaml || exit 1; done
+	test ! -d data/gsm8k || $(BIN)/hnb run finetune -f pipelines/params/finetune.yaml
+	$(BIN)/hnb run audit
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb

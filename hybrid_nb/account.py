@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['GIB', 'LOSS_ROWS', 'QUERY_BLOCK', 'BLOCKS_UP_TO', 'SCAN_CHUNK', 'GPUS', 'ASSUMED_MFU', 'TRIAL_FLOPS', 'TRIAL_ABOVE',
-           'ParamRow', 'param_rows', 'Params', 'count_params', 'estimate_params', 'Flops', 'flops_per_token',
-           'document_memory', 'memory', 'total_memory', 'Gpu', 'run_tokens', 'mfu', 'run_seconds', 'plan_rows',
-           'shorten', 'run_flops', 'needs_trial', 'trial_config', 'describe_trial', 'parse_overrides', 'RunPlan',
-           'default_device', 'plan_run']
+           'ParamRow', 'param_rows', 'Params', 'count_params', 'estimate_params', 'active_params', 'Flops',
+           'flops_per_token', 'document_memory', 'memory', 'total_memory', 'Gpu', 'run_tokens', 'mfu', 'run_seconds',
+           'plan_rows', 'shorten', 'run_flops', 'needs_trial', 'trial_config', 'describe_trial', 'parse_overrides',
+           'RunPlan', 'default_device', 'plan_run']
 
-# %% ../nbs/12_account.ipynb #7e75f779
+# %% ../nbs/12_account.ipynb #4709b363
 import functools
 import math
 import shlex
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .config import Config, ConfigError, HybridConfig, cast, closest, get_config, load_config, override
+from .config import Config, ConfigError, HybridConfig, ModelConfig, cast, closest, get_config, load_config, override
 
 # %% ../nbs/12_account.ipynb #65bd6597
 @dataclass(frozen=True)
@@ -55,13 +55,23 @@ def _adapter_rows(config: Config, layer: int) -> list[ParamRow]:
         rows += [ParamRow(layer, f"attention.{role}.norm", (m.d_head,))] if m.qk_norm else []
     return rows + ([ParamRow(layer, "attention.temperature", (m.n_head,))] if m.qk_temperature else [])
 
-# %% ../nbs/12_account.ipynb #17f92888
+# %% ../nbs/12_account.ipynb #4f4e0c63
 def _norm_rows(config: Config, layer: int | None, name: str) -> list[ParamRow]:
     parts = ("weight",) if getattr(config.model, "norm", "layernorm") == "rmsnorm" else ("weight", "bias")
     return [ParamRow(layer, f"{name}.{part}", (config.model.d_model,)) for part in parts]
 
+def _expert_rows(config: Config, layer: int) -> list[ParamRow]:
+    "A router, the routed experts stacked, and the shared ones as one network."
+    m, rows = config.model, [ParamRow(layer, "ffn.router", (config.model.n_routed_experts, config.model.d_model))]
+    for part, stack, width in (("experts", (m.n_routed_experts,), m.d_expert), ("shared", (), m.n_shared_experts * m.d_expert)):
+        shapes = {"gate": (width, m.d_model), "up": (width, m.d_model), "down": (m.d_model, width)}
+        rows += [ParamRow(layer, f"ffn.{part}.{name}", stack + shape) for name, shape in shapes.items() if width]
+    return rows
+
 def _ffn_rows(config: Config, layer: int) -> list[ParamRow]:
     m, rows = config.model, []
+    if m.is_moe(layer):
+        return _expert_rows(config, layer)
     for name in ("up", "down") if m.ffn == "gelu" else ("gate", "up", "down"):
         shape = (m.d_model, m.d_ff) if name == "down" else (m.d_ff, m.d_model)
         rows.append(ParamRow(layer, f"ffn.{name}", shape))
@@ -121,7 +131,7 @@ def param_rows(config: Config) -> tuple[ParamRow, ...]:
     rows += _norm_rows(config, None, "norm")
     return tuple(rows + ([] if m.tie_embeddings else [ParamRow(None, "head", (m.vocab_size, m.d_model))]))
 
-# %% ../nbs/12_account.ipynb #b6f072f6
+# %% ../nbs/12_account.ipynb #f7ca7b6f
 class Params(NamedTuple):
     "Numbers of parameters."
     trainable: int
@@ -137,7 +147,16 @@ def estimate_params(config: Config) -> int:
     "All parameters, frozen ones included."
     return count_params(config).total
 
-# %% ../nbs/12_account.ipynb #bdbc969c
+def _chosen(config: Config, row: ParamRow) -> int:
+    "How many of a weight's elements one token meets: of the routed experts' the chosen ones'."
+    routed = row.module.startswith("ffn.experts")
+    return row.count // row.shape[0] * config.model.num_experts_per_tok if routed else row.count
+
+def active_params(config: Config) -> int:
+    "Parameters that one token meets; all of them where nothing is routed."
+    return sum(_chosen(config, row) for row in param_rows(config))
+
+# %% ../nbs/12_account.ipynb #12e8cd1d
 class Flops(NamedTuple):
     "Floating-point operations of matrix products for one token."
     forward: int
@@ -155,10 +174,10 @@ class Flops(NamedTuple):
         return self.total + self.recompute
 
 def _matmul_rows(config: Config) -> list[tuple[ParamRow, int]]:
-    "Each matrix of the blocks and how many layers multiply by it."
+    "Each matrix of the blocks, and the elements that a token is multiplied by in all layers that have it."
     layers, parts = config.model.n_layer, ("attention", "ffn", "mamba", "align", "gate", "fusion", "mlp")
-    return [(r, layers if r.layer is None else 1) for r in param_rows(config)
-            if len(r.shape) == 2 and r.module.startswith(parts) and r.module != "mamba.A_log"]
+    return [(r, _chosen(config, r) * (layers if r.layer is None else 1)) for r in param_rows(config)
+            if (len(r.shape) == 2 or "experts" in r.module) and r.module.startswith(parts) and r.module != "mamba.A_log"]
 
 def _scored_keys(config: Config) -> int:
     "Keys that the queries of a whole sequence look at, summed over heads and layers."
@@ -173,8 +192,8 @@ def flops_per_token(config: Config) -> Flops:
     "FLOPs a token of a training step at the configuration's sequence length."
     m, T = config.model, config.train.seq_len
     scores = 4 * m.d_head * _scored_keys(config) // T
-    blocks = sum(2 * r.count * n for r, n in _matmul_rows(config)) + scores
-    frozen = sum(2 * r.count * n for r, n in _matmul_rows(config) if r.frozen)
+    blocks = sum(2 * n for _, n in _matmul_rows(config)) + scores
+    frozen = sum(2 * n for r, n in _matmul_rows(config) if r.frozen)
     head = 2 * m.vocab_size * m.d_model
     return Flops(blocks + head, 2 * (blocks + head) - frozen, blocks if config.train.gradient_checkpointing else 0)
 
@@ -187,7 +206,7 @@ def document_memory(config: Config) -> int:  # bytes
     activations = 30 * t.batch_size * t.seq_len * config.model.d_model * 2
     return round(1.2 * (2 * n + 2 * n + 8 * n + activations))
 
-# %% ../nbs/12_account.ipynb #df9f9f34
+# %% ../nbs/12_account.ipynb #2e3db72a
 LOSS_ROWS = 1024  # rows of logits that the decoder's loss holds at once
 QUERY_BLOCK = 128  # queries that attention on a CPU takes at once
 BLOCKS_UP_TO = 2048  # tokens; longer sequences take fused attention on a CPU too
@@ -221,17 +240,33 @@ def _adapter_bytes(config: Config, c: int) -> float:
     norms = 8 * both + 4 * (m.n_head + m.n_kv_head) if m.qk_norm else 0
     return norms + c * (m.qk_rank * corrected + (2 * both if m.qk_shift else 0) + (queries if m.qk_temperature else 0))
 
+def _ffn_bytes(m: ModelConfig, layer: int, c: int) -> float:
+    if not m.is_moe(layer):
+        return c * (2 if m.ffn == "gelu" else 4) * m.d_ff
+    chosen = m.num_experts_per_tok
+    rows = c * (4 * (chosen + m.n_shared_experts) * m.d_expert + 2 * chosen * m.d_model)
+    return rows + 8 * m.n_routed_experts + 36 * chosen + (4 * m.d_model if c == 2 else 0)
+
 def _layer_bytes(config: Config, c: int, fused: bool) -> float:
-    "Bytes that autograd keeps for one token of one layer, at c bytes an element."
+    "Bytes that autograd keeps for one token of a layer, at c bytes an element: the mean, or with checkpointing the most."
     m = config.model
     if isinstance(m, HybridConfig):
         return _hybrid_layer_bytes(config, c, fused)
     inputs = 2 if any(not m.state(role).startswith("frozen") for role in "qkv") or m.qk_rank else 1
-    ffn = (2 if m.ffn == "gelu" else 4) * m.d_ff
+    every = [_ffn_bytes(m, layer, c) for layer in range(m.n_layer)]
+    ffn = max(every) if config.train.gradient_checkpointing else sum(every) / m.n_layer
     noise = 2 * m.d_model * (1 if fused else c) if m.dropout else 0
-    return c * ((2 + inputs) * m.d_model + ffn) + 16 + _attention_bytes(config, c, fused) + _adapter_bytes(config, c) + noise
+    return c * (2 + inputs) * m.d_model + ffn + 16 + _attention_bytes(config, c, fused) + _adapter_bytes(config, c) + noise
 
-# %% ../nbs/12_account.ipynb #334ee03f
+# %% ../nbs/12_account.ipynb #c469aa18
+def _state_bytes(config: Config) -> dict[str, int]:
+    "What the optimizer keeps, under its name."
+    if config.train.optimizer == "adamw":
+        return {"AdamW moments": 8 * count_params(config).trainable}
+    shapes = [(r.count, r.shape) for r in param_rows(config) if not r.frozen]
+    return {"Adafactor factors": 4 * sum(n // s[-1] + n // s[-2] if len(s) > 1 else n for n, s in shapes)}
+
+# %% ../nbs/12_account.ipynb #fd012fb6
 def memory(
     config: Config,
     precision: str | None = None,  # 'fp32', 'bf16' or 'fp16'; None: the configuration's, where 'auto' counts as bf16
@@ -245,14 +280,15 @@ def memory(
     layers = _layer_bytes(config, c, fused) * (1 if t.gradient_checkpointing else m.n_layer)
     inputs = c * m.d_model * (m.n_layer if t.gradient_checkpointing else 0)
     ends = (2 + (1 if m.dropout else 0)) * c * m.d_model + 8
-    matrices = sum(r.count for r in param_rows(config) if len(r.shape) == 2 and not r.module.startswith("embedding"))
+    matrices = sum(r.count for r in param_rows(config)
+                   if (len(r.shape) == 2 and not r.module.startswith("embedding")) or "experts" in r.module)
     rows = min(LOSS_ROWS, tokens) if chunked_loss else tokens
     return {
         "weights": 4 * params.trainable,
         "frozen weights": 4 * params.frozen,
         "half-precision copies": 2 * (matrices + m.vocab_size * m.d_model * m.tie_embeddings) if c == 2 else 0,
         "gradients": 4 * params.trainable,
-        "AdamW moments": 8 * params.trainable,
+        **_state_bytes(config),
         "activations": round((layers + inputs + ends) * tokens),
         "logits": m.vocab_size * (rows * (12 + (c if c == 2 else 0)) + 4 * m.d_model),
     }

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Projection', 'OutputProjection', 'PRESETS', 'ConfigError', 'closest', 'ModelConfig', 'HybridConfig', 'TrainConfig',
-           'DataConfig', 'DistillConfig', 'Config', 'asdict', 'config_hash', 'cast', 'override', 'get_config',
-           'to_yaml', 'from_dict', 'load_config']
+           'DataConfig', 'DistillConfig', 'FinetuneConfig', 'Config', 'asdict', 'config_hash', 'cast', 'override',
+           'get_config', 'to_yaml', 'from_dict', 'load_config']
 
 # %% ../nbs/01_config.ipynb #bbf8ce1b
 import dataclasses
@@ -322,7 +322,7 @@ class TrainConfig:
         _check(0 <= (self.late_dropout or 0) < 1, f"late_dropout={self.late_dropout} is outside [0, 1)")
         _check(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} are outside [0, 1)")
 
-# %% ../nbs/01_config.ipynb #c2dc648d
+# %% ../nbs/01_config.ipynb #da7afee6
 @dataclass(frozen=True)
 class DataConfig:
     "Where text comes from and how it becomes tokens."
@@ -377,6 +377,23 @@ class DistillConfig:
         _check(0 <= self.dropout < 1, f"dropout={self.dropout} is outside [0, 1)")
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    "Fine-tuning: training begins at the weights of a finished model."
+    start: str = ""  # a run's folder, a model's, or 'hf:owner/name'
+    rank: int = 8  # of the low-rank adapters (LoRA) that are trained in place of the weights; 0: every weight is trained
+    alpha: float = 16.0  # an adapter is scaled by alpha / rank
+    dropout: float = 0.0  # before an adapter
+    targets: str = ""  # modules that get adapters, by name, separated by commas; empty: every linear map that can have one
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(bool(self.start.strip()), f"start={self.start!r} names no model to begin from: a run's folder, a model's, or 'hf:owner/name'")
+        _check(self.rank >= 0, f"rank={self.rank} must be at least 1, or 0 to train every weight")
+        _check(self.alpha > 0, f"alpha={self.alpha} must be above 0")
+        _check(0 <= self.dropout < 1, f"dropout={self.dropout} is outside [0, 1)")
+        _check(bool(self.rank) or not self.targets, f"targets={self.targets!r} name adapters, and rank=0 trains every weight without any")
+
+@dataclass(frozen=True)
 class Config:
     "Everything that decides a run's result."
     name: str = "smoke"
@@ -384,8 +401,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     distill: DistillConfig | None = _later(None)
+    finetune: FinetuneConfig | None = _later(None)
 
     def __post_init__(self):
+        _check(self.distill is None or self.finetune is None, "a run is distilled or fine-tuned: it cannot have both distill and finetune")
         _check(self.train.seq_len <= self.model.max_seq_len,
                f"seq_len={self.train.seq_len} exceeds the model's positions, max_seq_len={self.model.max_seq_len}")
 
@@ -428,11 +447,13 @@ def cast(
     except (TypeError, ValueError):
         raise ConfigError(f"{name}={value!r} is not of type {hint.__name__}") from None
 
-# %% ../nbs/01_config.ipynb #2ec3f22c
+# %% ../nbs/01_config.ipynb #ec650414
 def _field_map(model: type) -> dict[str, tuple[str, Any]]:
     "Each bare field name: the record that has it, and its type."
     parts = {"model": model, "train": TrainConfig, "data": DataConfig}
     return {name: (part, hint) for part, cls in parts.items() for name, hint in typing.get_type_hints(cls).items()}
+
+_OPTIONAL = {"distill": DistillConfig, "finetune": FinetuneConfig}  # records that a configuration may lack; their fields need the record's name
 
 def override(
     config: Config,  # the base
@@ -440,12 +461,12 @@ def override(
 ) -> Config:
     "A configuration with some fields replaced."
     known, changes = _field_map(type(config.model)), {}
-    distill = {f"distill.{name}": ("distill", hint) for name, hint in typing.get_type_hints(DistillConfig).items()}
+    dotted = {f"{part}.{name}": (part, hint) for part, cls in _OPTIONAL.items() for name, hint in typing.get_type_hints(cls).items()}
     alien = {f.name for model in (ModelConfig, HybridConfig) for f in fields(model)} - known.keys()
     for key, value in values.items():
         part, _, name = key.rpartition(".")
-        where, hint = distill.get(key) or known.get(name, (None, None))
-        options = [name for name in known] if not part else [f"{p}.{n}" for n, (p, _) in known.items()] + [*distill]
+        where, hint = dotted.get(key) or known.get(name, (None, None))
+        options = [name for name in known] if not part else [f"{p}.{n}" for n, (p, _) in known.items()] + [*dotted]
         if where is None or part not in ("", where):
             kind = "decoder" if isinstance(config.model, ModelConfig) else "hybrid model"
             raise ConfigError(f"{key!r} is no parameter of {config.name!r}, which is a {kind}" if name in alien else
@@ -456,8 +477,8 @@ def override(
         model.setdefault("n_kv_head", None)
     if "d_model" in model and getattr(config.model, "dt_rank", 0) == math.ceil(config.model.d_model / 16):
         model.setdefault("dt_rank", None)
-    new = {part: replace(getattr(config, part), **c) for part, c in changes.items() if getattr(config, part) is not None}
-    return replace(config, **new | ({"distill": DistillConfig(**changes["distill"])} if "distill" in changes.keys() - new.keys() else {}))
+    now = {part: getattr(config, part) for part in changes}
+    return replace(config, **{part: replace(now[part], **c) if now[part] else _OPTIONAL[part](**c) for part, c in changes.items()})
 
 # %% ../nbs/01_config.ipynb #d3389f93
 def _ora(n_layer: int, d_model: int) -> ModelConfig:
@@ -491,7 +512,7 @@ _hybrid_train = TrainConfig(
     steps=100_000, batch_size=1, grad_accum=64, seq_len=4096, lr=1.5e-4, warmup_steps=2000, precision="bf16",
     gradient_checkpointing=True, eval_interval=1000, save_interval=1000, log_interval=10, workers=8, pin_memory=True)
 
-# %% ../nbs/01_config.ipynb #2dbdd9db
+# %% ../nbs/01_config.ipynb #894a86ca
 PRESETS: dict[str, Config] = {
     "smoke": Config("smoke", ModelConfig(vocab_size=2048),
                     TrainConfig(steps=600, lr=3e-3, warmup_steps=60, eval_interval=50, save_interval=200),
@@ -515,6 +536,12 @@ PRESETS: dict[str, Config] = {
     "foundation": Config("foundation", _foundation, _foundation_train, _wide),
     "foundation-32l": Config("foundation-32l", replace(_foundation, n_layer=32, d_model=704, n_head=22, n_kv_head=2,
                                                        d_ff=2176), _foundation_train, _wide),
+    "foundation-moe": Config("foundation-moe", replace(_foundation, n_routed_experts=8, n_shared_experts=1), _foundation_train, _wide),
+    "moe-smoke": Config(
+        "moe-smoke", ModelConfig(d_ff=384, vocab_size=2048, ffn="swiglu", norm="rmsnorm", n_routed_experts=8, n_shared_experts=1,
+                                 moe_d_ff=128),
+        TrainConfig(steps=300, lr=3e-3, warmup_steps=30, eval_interval=50, save_interval=150),
+        DataConfig(bpe_vocab=2048, grammar_stories=16_000, valid_fraction=0.01)),
     "hybrid-smoke": Config(
         "hybrid-smoke", HybridConfig(n_layer=2, d_model=96, max_seq_len=128, d_state=16, window=32, gate_rank=16, tie_embeddings=True,
                                      init_std=0.06),
@@ -551,16 +578,16 @@ def to_yaml(config: Config) -> str:
     "A configuration as YAML that `load_config` reads back."
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
-# %% ../nbs/01_config.ipynb #132eda38
+# %% ../nbs/01_config.ipynb #5b8f484c
 def from_dict(
     raw: dict[str, Any],  # 'name', 'model', 'train', 'data', as `asdict` gives them, and 'preset', which they change
 ) -> Config:
     "The configuration that plain dictionaries describe; what they leave out is the preset's."
-    known = {"preset", "name", "model", "train", "data", "distill"}
+    known = {"preset", "name", "model", "train", "data", *_OPTIONAL}
     for key in raw:
         if key not in known:
             raise ConfigError(f"unknown key {key!r}{closest(str(key), known)}; a configuration has {', '.join(sorted(known))}")
-    parts = {part: raw.get(part) or {} for part in ("model", "train", "data", "distill")}
+    parts = {part: raw.get(part) or {} for part in ("model", "train", "data", *_OPTIONAL)}
     for part, fields_of in parts.items():
         _check(isinstance(fields_of, dict), f"{part}={fields_of!r} is no mapping of names to values")
     values = {f"{part}.{k}": v for part, fields_of in parts.items() for k, v in fields_of.items()}

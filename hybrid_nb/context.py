@@ -193,7 +193,7 @@ def judge_factor(r: Reading, factor: int) -> str:
         return "PASS"
     return "FAIL" if words == {"worse"} else "INCONCLUSIVE"
 
-# %% ../nbs/25_context.ipynb #44c400b6
+# %% ../nbs/25_context.ipynb #fa3363fa
 def _ppl(nats: float) -> float:
     return math.exp(min(nats, 700))
 
@@ -206,12 +206,12 @@ def ways_table(r: Reading) -> Table:
     for s in r.factors:
         for way in WAYS:
             beyond, within, losses = compare_way(r, way, s), compare_way(r, way, s, within=True), r.of(way, s)
-            rows.append({"factor": s, "positions": s * r.trained, "way": way, "named": "yes" if way in NAMED else "",
-                         "PPL beyond": _ppl(losses[:, BINS:].mean()), "sliding window": _ppl(r.of("sliding", s)[:, BINS:].mean()),
-                         "d beyond (nats)": beyond.mean, "interval": _interval(beyond), "is": beyond.word,
-                         "d within (nats)": within.mean, "interval within": _interval(within)})
-    signed = dict.fromkeys(("d beyond (nats)", "d within (nats)"), "{:+.4f}")
-    return Table(rows, signed | {"positions": "{:,}"} | dict.fromkeys(("PPL beyond", "sliding window"), "{:.4g}"))
+            rows.append({"factor": s, "way": way, "named": "yes" if way in NAMED else "", "PPL beyond": _ppl(losses[:, BINS:].mean()),
+                         "sliding": _ppl(r.of("sliding", s)[:, BINS:].mean()), "d beyond": beyond.mean, "from": beyond.lower,
+                         "to": beyond.upper, "is": beyond.word, "d within": within.mean, "within, from": within.lower,
+                         "within, to": within.upper})
+    signed = dict.fromkeys(("d beyond", "from", "to", "d within", "within, from", "within, to"), "{:+.4f}")
+    return Table(rows, signed | dict.fromkeys(("PPL beyond", "sliding"), "{:.4g}"))
 
 def positions_table(r: Reading) -> Table:
     "Perplexity in each bin of positions, a column a way and factor."

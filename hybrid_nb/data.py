@@ -6,12 +6,12 @@
 __all__ = ['GRAMMAR', 'NUMBERS', 'STORIES', 'END', 'BPE_TEXT', 'DataError', 'Item', 'parse_template', 'Given', 'given', 'Option',
            'Rule', 'parse_options', 'compile_grammar', 'tell', 'derivations', 'slot_readers', 'entropy', 'Story',
            'story', 'generate', 'grammar_entropy', 'Document', 'Corpus', 'split_by_hash', 'FileFacts', 'scan',
-           'text_documents', 'json_documents', 'text_files', 'file_corpus', 'hub_corpus', 'grammar_corpus', 'corpus',
-           'train_bpe', 'tokenizer_hash', 'load_tokenizer', 'publish', 'read_manifest', 'ShardWriter', 'Shards',
-           'encoded', 'corpus_tokenizer', 'token_count', 'epoch_order', 'step_windows', 'TokenData', 'load_tokens',
-           'prepare', 'batch_hash', 'loader']
+           'text_documents', 'json_rows', 'json_documents', 'text_files', 'prompted_documents', 'file_corpus',
+           'hub_corpus', 'grammar_corpus', 'corpus', 'train_bpe', 'tokenizer_hash', 'load_tokenizer', 'publish',
+           'read_manifest', 'ShardWriter', 'Shards', 'encoded', 'corpus_tokenizer', 'token_count', 'epoch_order',
+           'step_windows', 'TokenData', 'load_tokens', 'prepare', 'batch_hash', 'loader']
 
-# %% ../nbs/02_data.ipynb #e8efa2c8
+# %% ../nbs/02_data.ipynb #8feaecc4
 import codecs
 import fcntl
 import gzip
@@ -45,12 +45,12 @@ from tqdm import tqdm
 
 from .config import DataConfig, TrainConfig, closest
 
-# %% ../nbs/02_data.ipynb #54c752e8
+# %% ../nbs/02_data.ipynb #c66b80be
 class DataError(ValueError):
     "Text, a tokenizer or stored tokens that no run can use; the message names it and what is admissible."
     exit_code = 65
 
-# %% ../nbs/02_data.ipynb #e8d1da83
+# %% ../nbs/02_data.ipynb #f3bf6f37
 class Item(NamedTuple):
     "One piece of a template: literal text, a rule to tell, or a slot to copy."
     text: str = ""
@@ -71,7 +71,7 @@ def parse_template(
         items.append(Item(text, rule.lower(), slot.lower(), mark == ":", (left or right)[:1].isupper()))
     return tuple(items)
 
-# %% ../nbs/02_data.ipynb #4df414b9
+# %% ../nbs/02_data.ipynb #8108e846
 @dataclass(frozen=True)
 class Given:
     "A rule whose options depend on slots."
@@ -85,7 +85,7 @@ def given(
     "A rule with one table of options for each value of the slots."
     return Given(tuple(slots.split()), tables)
 
-# %% ../nbs/02_data.ipynb #ffb24500
+# %% ../nbs/02_data.ipynb #91376179
 class Option(NamedTuple):
     "A template with its probability."
     p: float
@@ -115,7 +115,7 @@ def parse_options(
         table.append(Option(w / total, math.log(total / w), items, plain))
     return tuple(table), [c / total for c in accumulate(weights)][:-1]
 
-# %% ../nbs/02_data.ipynb #44e0ed3f
+# %% ../nbs/02_data.ipynb #07b868c6
 def compile_grammar(
     source: dict[str, str | list[str] | Given],  # rule name: options
 ) -> dict[str, Rule]:
@@ -150,7 +150,7 @@ def _check_grammar(rules: dict[str, Rule]):
     except CycleError as error:
         raise ValueError(f"a rule calls itself: {' -> '.join(error.args[1])}") from None
 
-# %% ../nbs/02_data.ipynb #eec7c962
+# %% ../nbs/02_data.ipynb #8fb6f30d
 def tell(
     rules: dict[str, Rule],
     rng: random.Random,
@@ -187,7 +187,7 @@ def tell(
     say((Item(rule=start),))
     return "".join(parts), nats
 
-# %% ../nbs/02_data.ipynb #dcdd4a25
+# %% ../nbs/02_data.ipynb #abca55e7
 def derivations(
     rules: dict[str, Rule],
     text: str,
@@ -223,7 +223,7 @@ def derivations(
 
     return (nats for end, _, nats, _ in match((Item(rule=start),), 0, {}, False) if end == len(text))
 
-# %% ../nbs/02_data.ipynb #7df9308b
+# %% ../nbs/02_data.ipynb #e301f83d
 def _settled(rules: dict[str, Rule], item: Item) -> bool:
     "Whether an item has nothing to choose and remembers nothing: text, a copy, or a rule like `he`."
     tables = rules[item.rule].tables.values() if item.rule else ()
@@ -241,7 +241,7 @@ def slot_readers(
         return frozenset(rule.given).union(*(reads(i) for t, _ in rule.tables.values() for o in t for i in o.items))
     return reads
 
-# %% ../nbs/02_data.ipynb #f8da22a9
+# %% ../nbs/02_data.ipynb #0c0505de
 def _keep(slots: Iterable[tuple[str, str]], names: frozenset[str]) -> frozenset[tuple[str, str]]:
     return frozenset(x for x in slots if x[0] in names)
 
@@ -281,7 +281,7 @@ def entropy(
 
     return visit(Item(rule=start), frozenset(), frozenset())[0]
 
-# %% ../nbs/02_data.ipynb #43629f4a
+# %% ../nbs/02_data.ipynb #8f2a6a8c
 GRAMMAR: dict[str, str | list[str] | Given] = {
     "sexes": "girl|boy",
     "names": given("sex",
@@ -306,7 +306,7 @@ GRAMMAR: dict[str, str | list[str] | Given] = {
     "then": "Then|Soon|Suddenly|A moment later|All at once|Before long|Luckily",
 }
 
-# %% ../nbs/02_data.ipynb #e9853aea
+# %% ../nbs/02_data.ipynb #e23d70fb
 GRAMMAR |= {
     "lands": "wood|shore|hill|farm|town",
     "places": given("land",
@@ -344,7 +344,7 @@ GRAMMAR |= {
     "times": "morning*3|afternoon*2|evening*2|Monday|Sunday",
 }
 
-# %% ../nbs/02_data.ipynb #0d32db3d
+# %% ../nbs/02_data.ipynb #3e8613ea
 GRAMMAR |= {
     "animals": "dog*3|cat*3|rabbit*3|fox*3|frog*2|mouse*2|bear*2|duck*2|hedgehog*2|squirrel*2|turtle*2|goat*2|crow|"
         "badger",
@@ -374,7 +374,7 @@ GRAMMAR |= {
     "treasure": "{thing:things}{colour=colours} {thing}",
 }
 
-# %% ../nbs/02_data.ipynb #0578cd81
+# %% ../nbs/02_data.ipynb #56228151
 GRAMMAR |= {
     "adj": "big|small|lonely|funny|grumpy|dusty|sleepy|noisy|polite|lazy|hungry|proud|wobbly|tired|thin|famous|"
         "very old|friendly|blue|round|wet|frozen|secret|rich|barefoot|pale|singing|half-asleep|nervous",
@@ -424,7 +424,7 @@ GRAMMAR |= {
         "works at night|has two shadows|cannot count|is always late",
 }
 
-# %% ../nbs/02_data.ipynb #81815bf9
+# %% ../nbs/02_data.ipynb #88162d14
 GRAMMAR |= {
     "opening": [
         "Once upon a time, a {trait=traits} {sex} named {hero=names} lived with {his} {giver=givers} {homes} near "
@@ -488,7 +488,7 @@ GRAMMAR |= {
         "told a long story|burped politely|asked for salt|wept with joy|took a second one",
 }
 
-# %% ../nbs/02_data.ipynb #eb9d8dd3
+# %% ../nbs/02_data.ipynb #7ef25a8b
 GRAMMAR |= {
     "lost": "{vanish} {search}\n\n{meet} {clue} {find} {thanks}",
     "vanish": given("sky",
@@ -532,7 +532,7 @@ GRAMMAR |= {
         "a birthday present|a weapon|a very bad soup bowl|a friend",
 }
 
-# %% ../nbs/02_data.ipynb #1d449c77
+# %% ../nbs/02_data.ipynb #9b77cb87
 GRAMMAR |= {
     "race": "{news} {meet} {brag}\n\n{start} {decide} {event} {winner:winners}{result} {thanks}",
     "news": [
@@ -577,7 +577,7 @@ GRAMMAR |= {
     "margin": "a nose|two steps|a hair|one minute|three sneezes|a whisker|half a song",
 }
 
-# %% ../nbs/02_data.ipynb #93e0bead
+# %% ../nbs/02_data.ipynb #b65d3a85
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 GRAMMAR |= {
@@ -605,7 +605,7 @@ GRAMMAR |= {
         "called the neighbours|fainted|took a photograph|hid it from the cat",
 }
 
-# %% ../nbs/02_data.ipynb #8de6c24f
+# %% ../nbs/02_data.ipynb #dbf1a78a
 GRAMMAR |= {
     "door": "{hero} found a {wooden} door {hideout=hideouts}. {meet} {secret}\n\n{distraction} {sight} {decide} "
         "{open} {thanks}",
@@ -660,7 +660,7 @@ GRAMMAR |= {
     "paw": "{pet}|YOUR FRIEND|SOMEBODY WITH A TAIL|ME",
 }
 
-# %% ../nbs/02_data.ipynb #c5cf0c61
+# %% ../nbs/02_data.ipynb #fd765100
 GRAMMAR |= {
     "story": "{sex:sexes}{land:lands}{opening} {habit}{aside}\n\nOne {sky=skies} {times}, {plot:plots}{tale}\n\n"
         "{close} {moral}",
@@ -691,7 +691,7 @@ GRAMMAR |= {
 }
 STORIES = compile_grammar(GRAMMAR)
 
-# %% ../nbs/02_data.ipynb #b431fabf
+# %% ../nbs/02_data.ipynb #dc8c398f
 class Story(NamedTuple):
     "A text with its exact -log p under the grammar."
     text: str
@@ -713,18 +713,19 @@ def generate(
     "The first n stories of a seed."
     return (story(i, seed, split) for i in range(n))
 
-# %% ../nbs/02_data.ipynb #25c2b9e8
+# %% ../nbs/02_data.ipynb #e9d69d2a
 @cache
 def grammar_entropy() -> float:  # nats a story
     "The exact expectation of -log p over the stories of the embedded corpus."
     return entropy(STORIES)
 
-# %% ../nbs/02_data.ipynb #821feba5
+# %% ../nbs/02_data.ipynb #d5a042b7
 class Document(NamedTuple):
     "A text and the split it belongs to."
     split: str  # 'train' or 'valid'
     text: str
     nats: float | None = None  # exact -log p, where the source knows it
+    prompt: str = ""  # what is given before the text: read, and not learned
 
 @dataclass(frozen=True)
 class Corpus:
@@ -734,8 +735,9 @@ class Corpus:
     documents: Callable[[], Iterator[Document]]
     size: float | None = None  # bytes of text, about; None: not known before reading
     entropy: float | None = None  # expected nats a document; None: not known
+    prompted: bool = False  # documents may have prompts
 
-# %% ../nbs/02_data.ipynb #e990f03c
+# %% ../nbs/02_data.ipynb #526d1c4b
 def split_by_hash(
     text: str,
     valid_fraction: float,  # of the documents, in (0, 1)
@@ -744,7 +746,7 @@ def split_by_hash(
     draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return "valid" if draw < valid_fraction * 2**64 else "train"
 
-# %% ../nbs/02_data.ipynb #0d0818d1
+# %% ../nbs/02_data.ipynb #1fce24d6
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -755,7 +757,7 @@ def _sha256(path: Path) -> str:
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-# %% ../nbs/02_data.ipynb #9337c1ce
+# %% ../nbs/02_data.ipynb #d49ae55c
 END = "<|endoftext|>"
 
 class FileFacts(NamedTuple):
@@ -791,7 +793,7 @@ def scan(
         raise DataError(f"{path} is empty")
     return FileFacts(digest.hexdigest(), size, marked)
 
-# %% ../nbs/02_data.ipynb #8613adad
+# %% ../nbs/02_data.ipynb #d8207cfb
 def _open_text(path: Path) -> TextIO:
     return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
@@ -812,7 +814,7 @@ def text_documents(
                 lines, length = [], 0
     yield "".join(lines).strip("\n")
 
-# %% ../nbs/02_data.ipynb #85ed4e68
+# %% ../nbs/02_data.ipynb #71573e6e
 def _field(row: Any, key: str, where: str) -> str:
     "The text of a row, or an error that names the keys there are."
     if not isinstance(row, dict) or key not in row:
@@ -822,11 +824,14 @@ def _field(row: Any, key: str, where: str) -> str:
         raise DataError(f"{where}: {key!r} holds {type(row[key]).__name__}, not text")
     return row[key]
 
-def json_documents(
+def _prompted(row: Any, data: DataConfig, where: str) -> tuple[str, str]:  # prompt, with the line break that ends it, and answer
+    "A row of questions and answers."
+    return _field(row, data.text_key, where) + "\n", _field(row, data.answer_key, where)
+
+def json_rows(
     path: Path,  # .jsonl or .jsonl.gz
-    key: str,  # of the text
-) -> Iterator[str]:
-    "The documents of a file of JSON lines."
+) -> Iterator[tuple[str, Any]]:  # where it stands, and what it holds
+    "The lines of a file of JSON lines."
     with _open_text(path) as file:
         for n, line in enumerate(file, 1):
             if line.strip():
@@ -834,9 +839,16 @@ def json_documents(
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, line {n} is not JSON: {error}") from None
-                yield _field(row, key, f"{path}, line {n}")
+                yield f"{path}, line {n}", row
 
-# %% ../nbs/02_data.ipynb #bc2e3682
+def json_documents(
+    path: Path,  # .jsonl or .jsonl.gz
+    key: str,  # of the text
+) -> Iterator[str]:
+    "The documents of a file of JSON lines."
+    return (_field(row, key, where) for where, row in json_rows(path))
+
+# %% ../nbs/02_data.ipynb #e25ab929
 _SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 def text_files(
@@ -852,7 +864,7 @@ def text_files(
         return [(f, None) for f in files]
     return [(f, split if "valid" in splits.values() else None) for f, split in splits.items()]
 
-# %% ../nbs/02_data.ipynb #52ae3d45
+# %% ../nbs/02_data.ipynb #c28e1ddc
 def _check_exists(path: Path):
     "Names what comes nearest to a path that does not exist."
     missing = path
@@ -863,6 +875,20 @@ def _check_exists(path: Path):
         raise DataError(f"no file or folder {path}{closest(missing.name, [*names, 'grammar'])}; "
                         "a source is 'grammar', a path or 'hf:owner/name'")
 
+def prompted_documents(
+    path: Path,  # .jsonl or .jsonl.gz
+    data: DataConfig,  # its text_key names the prompts, its answer_key the answers
+    split: str | None = None,  # None: the hash of a prompt decides
+) -> Iterator[Document]:
+    "Prompts with their answers."
+    if ".jsonl" not in path.name:
+        raise DataError(f"answer_key={data.answer_key!r} needs JSON lines, and {path} is none")
+    for where, row in json_rows(path):
+        prompt, answer = _prompted(row, data, where)
+        if not answer.strip():
+            raise DataError(f"{where}: {data.answer_key!r} is empty: there is nothing to learn")
+        yield Document(split or split_by_hash(prompt, data.valid_fraction), answer, prompt=prompt)
+
 def file_corpus(data: DataConfig) -> Corpus:
     "The documents of a file or folder."
     path = Path(data.source).expanduser()
@@ -871,6 +897,9 @@ def file_corpus(data: DataConfig) -> Corpus:
 
     def documents():
         for file, split, facts in files:
+            if data.answer_key:
+                yield from prompted_documents(file, data, split)
+                continue
             longest = 1 << 20 if facts.marked else min(max(facts.size // 256, 1 << 10), 1 << 14)
             texts = json_documents(file, data.text_key) if ".jsonl" in file.name else text_documents(file, longest)
             for text in filter(str.strip, texts):
@@ -878,9 +907,10 @@ def file_corpus(data: DataConfig) -> Corpus:
 
     kinds = [(".jsonl" in f.name, split, facts.sha256) for f, split, facts in files]
     size = sum(facts.size for *_, facts in files)
-    return Corpus(data.source, _digest("files", kinds, data.text_key, data.valid_fraction), documents, size)
+    key = _digest("files", kinds, data.text_key, data.valid_fraction, *filter(None, [data.answer_key]))
+    return Corpus(data.source, key, documents, size, prompted=bool(data.answer_key))
 
-# %% ../nbs/02_data.ipynb #3cfb043a
+# %% ../nbs/02_data.ipynb #c9d71225
 def _load_hub(name: str) -> dict[str, Iterable[dict]]:
     "The splits of a data set of the hub; `datasets` is imported nowhere else."
     try:
@@ -904,15 +934,18 @@ def hub_corpus(data: DataConfig) -> Corpus:
         valid = next((s for s in ("validation", "valid", "val") if s in splits), None)
         for split in ["train"] + ([valid] if valid else []):
             for n, row in enumerate(splits[split]):
-                if (text := _field(row, data.text_key, f"hf:{name}, {split} row {n}")).strip():
+                where = f"hf:{name}, {split} row {n}"
+                prompt, text = _prompted(row, data, where) if data.answer_key else ("", _field(row, data.text_key, where))
+                if text.strip():
                     known = "valid" if split == valid else "train" if valid else None
-                    yield Document(known or split_by_hash(text, data.valid_fraction), text)
+                    yield Document(known or split_by_hash(prompt or text, data.valid_fraction), text, prompt=prompt)
 
     files = sorted(f for f in Path(name).rglob("*") if f.is_file()) if Path(name).is_dir() else []
     content = [_sha256(f) for f in files] or name
-    return Corpus(data.source, _digest("hub", content, data.text_key, data.valid_fraction), documents)
+    key = _digest("hub", content, data.text_key, data.valid_fraction, *filter(None, [data.answer_key]))
+    return Corpus(data.source, key, documents, prompted=bool(data.answer_key))
 
-# %% ../nbs/02_data.ipynb #3464ff61
+# %% ../nbs/02_data.ipynb #9dba206b
 def grammar_corpus(data: DataConfig) -> Corpus:
     "The embedded corpus: stories to train on, and valid_fraction times as many to validate."
     count = {"train": data.grammar_stories, "valid": math.ceil(data.grammar_stories * data.valid_fraction)}
@@ -932,7 +965,7 @@ def corpus(
         return grammar_corpus(data)
     return hub_corpus(data) if data.source.startswith("hf:") else file_corpus(data)
 
-# %% ../nbs/02_data.ipynb #9afc9ea1
+# %% ../nbs/02_data.ipynb #c76b7333
 def _finished(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([END])
     tokenizer.no_padding()
@@ -956,12 +989,12 @@ def train_bpe(
     tokenizer.train_from_iterator(texts, trainer)
     return _finished(tokenizer)
 
-# %% ../nbs/02_data.ipynb #33328739
+# %% ../nbs/02_data.ipynb #744f88c0
 def tokenizer_hash(tokenizer: Tokenizer) -> str:  # 64 hexadecimal digits
     "SHA-256 of a tokenizer's JSON."
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
-# %% ../nbs/02_data.ipynb #e64193ca
+# %% ../nbs/02_data.ipynb #1fccb0b8
 def load_tokenizer(
     source: str | Path,  # folder, tokenizer.json, or 'hf:owner/name'
 ) -> Tokenizer:
@@ -980,7 +1013,7 @@ def load_tokenizer(
     raise DataError(f"no tokenizer in {name}: a folder must hold tokenizer.json, or vocab.json and merges.txt; "
                     "else write 'bpe' or 'hf:owner/name'")
 
-# %% ../nbs/02_data.ipynb #40c201e6
+# %% ../nbs/02_data.ipynb #7205a54e
 def _sync(path: Path):
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -1020,7 +1053,7 @@ def publish(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/02_data.ipynb #3db704b4
+# %% ../nbs/02_data.ipynb #5d77fd8f
 def read_manifest(
     folder: Path,  # written by publish
     verify: bool = False,  # read every file and compare hashes, not only sizes
@@ -1044,7 +1077,7 @@ def read_manifest(
             raise damaged(f"{path} is damaged: its SHA-256 differs from the manifest's")
     return manifest
 
-# %% ../nbs/02_data.ipynb #0f9afa49
+# %% ../nbs/02_data.ipynb #cbf45e42
 class ShardWriter:
     "Appends tokens of one split to files, and counts them."
 
@@ -1077,7 +1110,7 @@ class ShardWriter:
         if self.file:
             self.file.close()
 
-# %% ../nbs/02_data.ipynb #917d4ff8
+# %% ../nbs/02_data.ipynb #614bcb0f
 class Shards:
     "Token files, read as one sequence."
 
@@ -1102,7 +1135,7 @@ class Shards:
     def __reduce__(self):  # a worker process opens the files again instead of receiving their content
         return Shards, (self.paths, self.dtype)
 
-# %% ../nbs/02_data.ipynb #ffaf734d
+# %% ../nbs/02_data.ipynb #b358086b
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
     "Lists of documents of at least `size` characters together."
     batch, length = [], 0
@@ -1132,7 +1165,7 @@ def encoded(
         for done, job in waiting:
             yield done, job.result()
 
-# %% ../nbs/02_data.ipynb #516aee69
+# %% ../nbs/02_data.ipynb #9abaf5c6
 BPE_TEXT = 4096  # characters of training text a token
 
 def _progress(documents: Iterable[Document], what: str, size: float | None) -> Iterator[Document]:
@@ -1150,8 +1183,8 @@ def _write_bpe(source: Corpus, vocab_size: int, into: Path) -> dict[str, Any]:
         nonlocal left
         for document in _progress(source.documents(), "training the tokenizer", source.size and min(source.size, left)):
             if document.split == "train":
-                yield document.text
-                left -= len(document.text)
+                yield document.prompt + document.text
+                left -= len(document.prompt + document.text)
                 if left <= 0:
                     return
 
@@ -1181,36 +1214,47 @@ def token_count(tokenizer: Tokenizer) -> int:
     "One more than a tokenizer's largest token."
     return max(tokenizer.get_vocab().values()) + 1
 
-# %% ../nbs/02_data.ipynb #b62c5c59
+# %% ../nbs/02_data.ipynb #416a5921
 def _write_tokens(source: Corpus, tokenizer: Tokenizer, shard_tokens: int, into: Path) -> dict[str, Any]:
     "Fills a folder with a corpus's tokens and returns the manifest's facts."
     end, vocab_size = tokenizer.token_to_id(END), token_count(tokenizer)
     writers = {split: ShardWriter(into, split, vocab_size, shard_tokens) for split in ("train", "valid")}
-    documents, size, nats = Counter(), 0, 0.0
+    given = {split: ShardWriter(into, f"given-{split}", 2, shard_tokens) for split in writers if source.prompted}
+    documents, size, nats, prompt_counts = Counter(), 0, 0.0, np.zeros(vocab_size, np.int64)
     for batch, codes in encoded(tokenizer, _progress(source.documents(), "tokenizing", source.size)):
+        heads = tokenizer.encode_batch_fast([d.prompt for d in batch], add_special_tokens=False) if given else None
         for split, writer in writers.items():
-            ids = [code.ids for document, code in zip(batch, codes, strict=True) if document.split == split]
-            writer.write(np.fromiter(chain.from_iterable(chain(i, (end,)) for i in ids), np.int64))
-            documents[split] += len(ids)
+            here = [n for n, document in enumerate(batch) if document.split == split]
+            parts = [([*heads[n].ids] if heads else [], [*codes[n].ids, end]) for n in here]
+            writer.write(np.fromiter(chain.from_iterable(prompt + text for prompt, text in parts), np.int64))
+            documents[split] += len(here)
+            if given:
+                flags, lengths = np.tile([1, 0], len(parts)), [len(part) for pair in parts for part in pair]
+                given[split].write(np.repeat(flags.astype(np.int64), np.array(lengths, np.int64)))
+                if split == "valid":
+                    asked = np.fromiter(chain.from_iterable(prompt for prompt, _ in parts), np.int64)
+                    prompt_counts += np.bincount(asked, minlength=vocab_size)
         held = [document for document in batch if document.split == "valid"]
         size += sum(len(document.text.encode()) for document in held)
         nats += sum(document.nats or 0 for document in held)
-    for writer in writers.values():
+    for writer in (*writers.values(), *given.values()):
         writer.close()
     tokenizer.save(str(into / "tokenizer.json"))
     train, valid = writers.values()
-    p = valid.counts[valid.counts > 0] / max(valid.total, 1)
+    counts = valid.counts - prompt_counts
+    p = counts[counts > 0] / max(counts.sum(), 1)
     known = source.entropy is not None and valid.total > 0
     return {
         "dtype": valid.dtype.str, "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "fingerprint": _digest(train.digest.hexdigest(), valid.digest.hexdigest(), tokenizer_hash(tokenizer)),
+        "fingerprint": _digest(train.digest.hexdigest(), valid.digest.hexdigest(), tokenizer_hash(tokenizer),
+                               *(g.digest.hexdigest() for g in given.values())),
         "train_tokens": train.total, "valid_tokens": valid.total, "valid_bytes": size,
         "train_documents": documents["train"], "valid_documents": documents["valid"],
         "unigram_nats": float(-(p * np.log(p)).sum()), "floor_nats": nats / valid.total if known else None,
         "expected_floor_nats": source.entropy * documents["valid"] / valid.total if known else None,
-    }
+    } | ({"answer_tokens": int(counts.sum())} if given else {})
 
-# %% ../nbs/02_data.ipynb #29c119f7
+# %% ../nbs/02_data.ipynb #ff0db6ce
 @lru_cache(maxsize=4)
 def epoch_order(
     windows: int,  # in the training split
@@ -1220,7 +1264,7 @@ def epoch_order(
     "The order in which an epoch visits the windows."
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(windows), kind="stable")
 
-# %% ../nbs/02_data.ipynb #e4c9c7a6
+# %% ../nbs/02_data.ipynb #5b3e8769
 def step_windows(
     step: int,  # from 0
     windows: int,  # in the training split
@@ -1240,7 +1284,7 @@ def step_windows(
         found[here] = epoch_order(windows, config.seed, int(epoch))[places[here]]
     return found
 
-# %% ../nbs/02_data.ipynb #44e06a99
+# %% ../nbs/02_data.ipynb #debfa81a
 @dataclass(frozen=True, eq=False)
 class TokenData:
     "Prepared tokens of a source, and their batches."
@@ -1260,6 +1304,14 @@ class TokenData:
     expected_floor_nats: float | None  # the same in expectation
     train: Shards
     valid: Shards
+    given_train: Shards | None = None  # 1 where a token belongs to a prompt; None: there are no prompts
+    given_valid: Shards | None = None
+    answer_tokens: int | None = None  # of the validation split, those to be predicted; None: all
+
+    @property
+    def valid_targets(self) -> int:
+        "Tokens of the validation split that are to be predicted."
+        return self.valid_tokens if self.answer_tokens is None else self.answer_tokens
 
     def info(self) -> dict[str, Any]:
         "What a run records about its data."
@@ -1279,7 +1331,11 @@ class TokenData:
         windows = step_windows(step, (self.train_tokens - 1) // T, config, rank, world_size)
         rows = torch.from_numpy(np.stack([self.train[w * T:w * T + T + 1] for w in windows.ravel()]))
         rows = rows.view(*windows.shape, T + 1)
-        return rows[..., :-1].contiguous(), rows[..., 1:].contiguous()
+        inputs, targets = rows[..., :-1].contiguous(), rows[..., 1:].contiguous()
+        if self.given_train is not None:
+            given = np.stack([self.given_train[w * T + 1:w * T + T + 1] for w in windows.ravel()])
+            targets = targets.masked_fill(torch.from_numpy(given).view_as(targets) == 1, -100)
+        return inputs, targets
 
     def valid_batches(
         self,
@@ -1294,13 +1350,16 @@ class TokenData:
         count = math.ceil(windows / batch_size)
         for n in range(rank, min(count, limit or count), world_size):
             rows = np.full((batch_size, seq_len + 1), -100)
-            for row, w in zip(rows, range(n * batch_size, windows), strict=False):
-                part = self.valid[w * seq_len:(w + 1) * seq_len + 1]
+            targets = rows.copy()
+            for row, target, w in zip(rows, targets, range(n * batch_size, windows), strict=False):
+                here = slice(w * seq_len, (w + 1) * seq_len + 1)
+                part = self.valid[here]
                 row[:len(part)] = part
+                target[:len(part)] = part if self.given_valid is None else np.where(self.given_valid[here] == 1, -100, part)
             tokens = torch.from_numpy(rows)
-            yield tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
+            yield tokens[:, :-1].clamp(min=0), torch.from_numpy(targets)[:, 1:].contiguous()
 
-# %% ../nbs/02_data.ipynb #02814596
+# %% ../nbs/02_data.ipynb #844a9a21
 def load_tokens(
     folder: Path,  # written by prepare
     verify: bool = False,  # compare every file's hash, not only its size
@@ -1309,7 +1368,9 @@ def load_tokens(
     facts = read_manifest(folder, verify)
     files, dtype = sorted(facts.pop("files")), facts.pop("dtype")
     shards = {s: Shards([folder / f for f in files if f.startswith(f"{s}-")], dtype) for s in ("train", "valid")}
-    return TokenData(folder=folder, source="", tokenizer="", **facts, **shards)
+    given = {name: Shards(paths, "<u2") for name in ("given_train", "given_valid")
+             if (paths := [folder / f for f in files if f.startswith(f"{name.replace('_', '-')}-")])}
+    return TokenData(folder=folder, source="", tokenizer="", **facts, **shards, **given)
 
 def prepare(
     data: DataConfig,
@@ -1331,7 +1392,7 @@ def prepare(
                             f"one sequence needs seq_len + 1 = {seq_len + 1}")
     return tokens
 
-# %% ../nbs/02_data.ipynb #76637f7f
+# %% ../nbs/02_data.ipynb #64387236
 def batch_hash(
     inputs: Tensor,  # of any shape
     targets: Tensor,
@@ -1342,7 +1403,7 @@ def batch_hash(
         digest.update(tensor.cpu().numpy().astype("<i8"))
     return digest.hexdigest()
 
-# %% ../nbs/02_data.ipynb #15860435
+# %% ../nbs/02_data.ipynb #93e3e136
 @dataclass(frozen=True)
 class _Steps(Dataset):
     "The batches of a range of steps, as worker processes ask for them."

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/14_evaluate.ipynb #495049ff
+# %% ../nbs/14_evaluate.ipynb #56674bcb
 class Loss(NamedTuple):
     "What a model loses on a text."
     nats: float  # a token, mean
     tokens: int
     gates: list[list[float]] | None = None  # a layer of a hybrid model: mean of the gate, of its square, of its entropy; over sequences
+    routing: list[list[float]] | None = None  # a layer with experts: the share of the choices that each got
 
     @property
     def ppl(self) -> float:
@@ -33,7 +34,7 @@ class Loss(NamedTuple):
         "Bits that coding the text by this model takes, a byte of text."
         return self.nats * self.tokens / (math.log(2) * n_bytes)
 
-# %% ../nbs/14_evaluate.ipynb #05ea38e4
+# %% ../nbs/14_evaluate.ipynb #387bb747
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # called as model(input_ids, shift_labels=..., num_items_in_batch=1)
@@ -42,7 +43,7 @@ def evaluate(
     context=None,  # an autocast to run in
 ) -> Loss:
     "The mean loss over all targets, summed in float64."
-    was_training, total, count, gates = model.training, 0.0, 0, []
+    was_training, total, count, gates, chosen = model.training, 0.0, 0, [], []
     model.eval()
     with context or nullcontext():
         for inputs, targets in batches:
@@ -51,10 +52,12 @@ def evaluate(
             total += out.loss.double()
             count += int((targets != -100).sum())
             gates += [out.gates] if "gates" in out else []
+            chosen += [out.routing[:, 0].sum(1)] if "routing" in out else []
     model.train(was_training)
     if not count:
         raise ValueError("nothing to evaluate: no targets in the batches")
-    return Loss(float(total) / count, count, torch.cat(gates, dim=1).mean(1).tolist() if gates else None)
+    shares = (sum(chosen) / sum(chosen).sum(-1, keepdim=True)).tolist() if chosen else None
+    return Loss(float(total) / count, count, torch.cat(gates, dim=1).mean(1).tolist() if gates else None, shares)
 
 # %% ../nbs/14_evaluate.ipynb #98398ed1
 def sample_text(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .config import ConfigError, ModelConfig
 from .ffn import GELUFeedForward, SwiGLUFeedForward
 
-# %% ../nbs/08_moe.ipynb #0cb2dc07
+# %% ../nbs/08_moe.ipynb #c63f4b6d
 class Router(nn.Module):
     "Which experts a token goes to, and with what weights."
 
@@ -27,7 +27,7 @@ class Router(nn.Module):
         self.chosen, self.norm = config.num_experts_per_tok, config.norm_topk_prob
         self.weight = nn.Parameter(torch.randn(config.n_routed_experts, config.d_model) * config.init_std)
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # probabilities (N, E), weights (N, K), experts (N, K); the first two float32
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # float32 probabilities (N, E), their weights (N, K), experts (N, K)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
             p_NE = F.linear(x_ND.to(wide), self.weight.to(wide)).softmax(-1)
@@ -79,7 +79,7 @@ def grouped_linear(
             return F.grouped_mm(x_MD, weight_EFD.transpose(1, 2), offs=ends_E)
     return _grouped_linear(x_MD, weight_EFD, ends_E)
 
-# %% ../nbs/08_moe.ipynb #348b2fa1
+# %% ../nbs/08_moe.ipynb #e073686e
 class _Gather(torch.autograd.Function):
     "Some copies of each row, in another order."
 
@@ -103,7 +103,7 @@ def sort_by_expert(
     expert_M = expert_NK.flatten()
     order_M = expert_M.argsort(stable=True)
     inverse_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-    size_E = torch.zeros(n, dtype=torch.int32, device=order_M.device).scatter_add_(0, expert_M, torch.ones_like(expert_M, dtype=torch.int32))
+    size_E = torch.zeros(n, dtype=torch.int64, device=order_M.device).scatter_add_(0, expert_M, torch.ones_like(expert_M))
     return order_M, inverse_M, size_E.cumsum(0, dtype=torch.int32)
 
 # %% ../nbs/08_moe.ipynb #3e320bd0

@@ -310,7 +310,7 @@ def undo_rope(
     turned = apply_rope(wide[..., :rotated], cos / size, -sin / size)
     return turned if rotated == d_head else torch.cat([turned, wide[..., rotated:]], dim=-1)
 
-# %% ../nbs/11_projector.ipynb #11dd5c21
+# %% ../nbs/11_projector.ipynb #f860188b
 class _Projector(nn.Module):
     "What both versions of the projector share; they differ in `_adapter`."
 
@@ -395,6 +395,8 @@ class _Projector(nn.Module):
         about = {"projector": json.dumps({"kind": type(self).__name__, **self.config})}
         part = path.with_name(f".{path.name}.part")
         save_file({name: t.contiguous() for name, t in self.state_dict().items()}, part, metadata=about)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
 
     @classmethod
@@ -413,7 +415,10 @@ class _Projector(nn.Module):
                 raise ConfigError(f"unknown argument {name!r}{closest(name, config)}; a projector has {', '.join(config)}")
             if config[name] != value:
                 raise ConfigError(f"{path} has {name}={config[name]!r}, not {value!r}")
-        projector = cls(**config)
+        try:
+            projector = cls(**config)
+        except TypeError as error:
+            raise ConfigError(f"{path} is not of this version: {error}") from None
         here = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
         there = {name: tuple(t.shape) for name, t in tensors.items()}
         if wrong := sorted(here.items() ^ there.items()):

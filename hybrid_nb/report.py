@@ -6,8 +6,9 @@
 __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS', 'DECISIVE', 'SCHEMA', 'SUMMARY', 'Table',
            'config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
-           'gate_section', 'draw_parts', 'plot_parts', 'Alarm', 'alarms', 'alarm_table', 'tolerance', 'verdict',
-           'verdict_table', 'bundle', 'StoredRun', 'recompute', 'results', 'progress_line', 'LiveReport']
+           'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
+           'alarms', 'alarm_table', 'tolerance', 'verdict', 'verdict_table', 'bundle', 'StoredRun', 'recompute',
+           'results', 'progress_line', 'LiveReport']
 
 # %% ../nbs/17_report.ipynb #9a0e7958
 import html
@@ -298,6 +299,58 @@ def gate_section(run) -> list:  # what to display; empty for a model without gat
     means = ", ".join(f"{m:.3f}" for m in run.records("gates")[-1]["mean"])
     return [Markdown("## What the gates do"), Picture(draw_gates(run), f"mean gate by layer at the end: {means}"), gate_table(run)]
 
+# %% ../nbs/17_report.ipynb #2764a52e
+def _routed_layers(run) -> range:
+    "The layers of a run that have experts."
+    n = run.config.model.n_layer
+    return range(n - len(run.records("routing")[-1]["share"]), n)
+
+def draw_routing(run) -> Figure:
+    "Each expert's share of a layer's choices at the end, and the largest share as training went on."
+    records, layers = run.records("routing"), list(_routed_layers(run))
+    steps, last = [r["step"] for r in records], records[-1]["share"]
+    experts = len(last[0])
+    figure = Figure(figsize=(9.6, 1.6 + 0.3 * max(4, len(layers))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    most = max(2 / experts, *(max(row) for row in last))
+    left.imshow(last, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    for y, row in enumerate(last if experts <= 16 else ()):
+        for x, share in enumerate(row):
+            left.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if share > 0.7 * most else "black")
+    left.set(xlabel="expert", ylabel="layer", xticks=range(experts), yticks=range(len(layers)), yticklabels=layers)
+    left.set_title(f"% of a layer's choices at step {steps[-1]:,}; equal use {100 / experts:.3g}", fontsize=10)
+    colors = matplotlib.colormaps["viridis"].resampled(len(layers) + 1)
+    for i, layer in enumerate(layers):
+        right.plot(steps, [max(r["share"][i]) for r in records], color=colors(i), marker="o", ms=3, lw=1.2, label=f"layer {layer}")
+    _level(right, 1 / experts, "equal use", "left")
+    right.set(xlabel="step", ylim=(0, None))
+    right.set_title("share of the busiest expert", fontsize=10)
+    right.legend(fontsize=7, frameon=False, ncols=2)
+    right.spines[["top", "right"]].set_visible(False)
+    for ax in (left, right):
+        ax.tick_params(labelsize=8)
+    return figure
+
+def routing_table(run) -> Table:
+    "How the load is spread over the experts of every layer at the last evaluation."
+    rows = []
+    for layer, shares in zip(_routed_layers(run), run.records("routing")[-1]["share"], strict=True):
+        entropy = -sum(s * math.log(s) for s in shares if s > 0)
+        rows.append({"layer": layer, "entropy (nats)": entropy,
+                     "of equal use": entropy / math.log(len(shares)) if len(shares) > 1 else 1.0,
+                     "busiest expert": max(range(len(shares)), key=shares.__getitem__), "its share": max(shares),
+                     "smallest share": min(shares), "never chosen": sum(s == 0 for s in shares)})
+    return Table(rows, {"entropy (nats)": "{:.4f}", "of equal use": "{:.1%}", "its share": "{:.1%}", "smallest share": "{:.1%}"})
+
+def routing_section(run) -> list:  # what to display; empty for a model without experts
+    "Heading, picture and table of how tokens are routed to experts."
+    if not run.records("routing"):
+        return []
+    most = ", ".join(f"{max(row):.3f}" for row in run.records("routing")[-1]["share"])
+    text = f"share of the busiest expert by layer at the end: {most}"
+    return [Markdown("## Where the router sends tokens"), Picture(draw_routing(run), text), routing_table(run)]
+
 # %% ../nbs/17_report.ipynb #59ad3f7b
 PART_COLORS = {"SRTE": "#d55e00", "embedding": "#56b4e9", "head": "#56b4e9", "Mamba": "#0072b2", "attention": "#009e73",
                "alignment": "#cc79a7", "gate": "#000000", "fusion": "#f0e442", "MLP": "#e69f00", "norms": "#595959"}
@@ -452,13 +505,13 @@ def verdict_table(run) -> Table:
     found = verdict(run)
     return Table([{"verdict": "" if i else found["verdict"], "because": why} for i, why in enumerate(found["because"])])
 
-# %% ../nbs/17_report.ipynb #9b039db2
+# %% ../nbs/17_report.ipynb #752e17f0
 SCHEMA = 1  # of a bundle
 
 def bundle(run) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of a run: `run.json`, and `metrics.jsonl` as columns."
     columns: dict[str, dict[str, list]] = {}
-    for kind in ("train", "eval", "sample", "event", "gates"):
+    for kind in ("train", "eval", "sample", "event", "gates", "routing"):
         records = run.records(kind)
         names = dict.fromkeys(name for r in records for name in r if name != "kind")
         columns[kind] = {name: [_round(r.get(name)) for r in records] for name in names}
@@ -478,7 +531,7 @@ class StoredRun:
         columns = self.columns.get(kind, {})
         return [{"kind": kind} | dict(zip(columns, r, strict=True)) for r in zip(*columns.values(), strict=True)]
 
-# %% ../nbs/17_report.ipynb #29356ece
+# %% ../nbs/17_report.ipynb #9c88ea55
 SUMMARY = ("val_ppl", "floor_ppl", "tokens", "params", "steps_done", "tokens_per_s", "mfu", "precision")
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
@@ -489,6 +542,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
               "evaluations": Table(run.records("eval")), "samples": samples_table(run),
               "provenance": provenance_table(run)}
     tables |= {"gates": gate_table(run)} if run.records("gates") else {}
+    tables |= {"routing": routing_table(run)} if run.records("routing") else {}
     return {"headline": found, "summary": {name: found[name] for name in SUMMARY}, **verdict(run),
             "tables": {name: [table.columns, *table.cells] for name, table in tables.items()}}
 

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'LIMIT_GIB', 'projections', 'Tap', 'cached_kv', 'free_m
            'load_teacher', 'check_layers', 'check_finite', 'Reader', 'Rows', 'token_rows', 'window_rows', 'make_room',
            'KVStore', 'extract']
 
-# %% ../nbs/22_teacher.ipynb #d6b505db
+# %% ../nbs/22_teacher.ipynb #c546d26d
 import fcntl
 import hashlib
 import json
@@ -33,7 +33,7 @@ from transformers.utils import logging
 from . import hybrid  # registers our models with transformers
 from .attention import QKAdapter
 from .config import ConfigError, closest
-from .data import TokenData, load_tokenizer, publish, read_manifest, tokenizer_hash
+from .data import DataError, TokenData, load_tokenizer, publish, read_manifest, tokenizer_hash
 from .projector import merge_heads, read_teacher, undo_rope
 from .runs import BAD_DATA, IO, NUMERIC, RunError, io_errors, tensor_hash, write_json
 
@@ -192,7 +192,7 @@ def _load(source: str, precision: str, device, memory: int | None) -> PreTrained
         raise RunError(f"teacher {source} is not whole: its files lack {missing[0]} and {len(missing) - 1} more tensors", BAD_DATA)
     return model.to(device)
 
-# %% ../nbs/22_teacher.ipynb #bf92b308
+# %% ../nbs/22_teacher.ipynb #838836f7
 @dataclass(frozen=True, eq=False)
 class Teacher:
     "A frozen model whose keys and values are read."
@@ -202,6 +202,7 @@ class Teacher:
     precision: str  # of its weights and arithmetic
     sha256: str  # of configuration and weights
     tokenizer_sha256: str | None  # None: there is no tokenizer beside it
+    tokenizer_source: str = ""  # as `data.load_tokenizer` reads it
 
 def _weigh(model: PreTrainedModel) -> str:
     "SHA-256 over a model's configuration and weights."
@@ -212,13 +213,18 @@ def _weigh(model: PreTrainedModel) -> str:
 def as_teacher(
     model: PreTrainedModel,  # frozen from now on
     source: str = "a model in memory",
-    tokenizer_sha256: str | None = None,
+    tokenizer_source: str | Path = "",  # as `data.load_tokenizer` reads it; empty, or nothing there: it reads the student's tokens
 ) -> Teacher:
     "A model as a teacher."
     precision = {v: k for k, v in PRECISIONS.items()}.get(model.dtype)
     if precision is None:
         raise ConfigError(f"teacher {source} is of {model.dtype}; there are {', '.join(PRECISIONS)}")
-    return Teacher(source, model.eval().requires_grad_(False), _describe(source, model.config), precision, _weigh(model), tokenizer_sha256)
+    try:
+        words = tokenizer_hash(load_tokenizer(tokenizer_source)) if tokenizer_source else None
+    except DataError:
+        words = None
+    return Teacher(source, model.eval().requires_grad_(False), _describe(source, model.config), precision, _weigh(model), words,
+                   str(tokenizer_source))
 
 def load_teacher(
     source: str | Path,  # a folder as `save_pretrained` writes it, a run's folder, or 'hf:owner/name', also with '@revision'
@@ -230,11 +236,7 @@ def load_teacher(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}{closest(str(precision), PRECISIONS)}")
     model = _load(str(source), precision, device, memory)
-    try:
-        words = tokenizer_hash(load_tokenizer(source if str(source).startswith("hf:") else _place(source)[0]))
-    except ValueError:
-        words = None
-    return as_teacher(model, str(source), words)
+    return as_teacher(model, str(source), source if str(source).startswith("hf:") else _place(source)[0])
 
 # %% ../nbs/22_teacher.ipynb #2d891de8
 def check_layers(

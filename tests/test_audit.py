@@ -1,0 +1,160 @@
+"""The audit of the design documents: one claim of each verdict, altered figures, and its report as a user makes it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from hybrid_nb import audit
+from hybrid_nb.audit import CLAIMS, FAILS, HOLDS, OPEN, Measurement, as_span
+from hybrid_nb.pipeline import read_result
+
+ROOT = Path(__file__).resolve().parent.parent
+HNB = str(Path(sys.executable).parent / "hnb")
+
+
+def find(document: str, line: int, words: str) -> audit.Claim:
+    "The one claim of a line whose statement holds some words."
+    found = [c for c in CLAIMS if (c.document, c.line) == (document, line) and words in c.statement]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def verdict(claim: audit.Claim, **measured) -> str:
+    "The verdict on a claim, given measurements by the name of their figure."
+    found = {key.replace("__", "."): Measurement(as_span(value), "report") for key, value in measured.items()}
+    return audit.judge_claim(claim, found).verdict
+
+
+def test_a_claim_of_each_verdict():
+    assert verdict(find("004", 23, "parameters")) == HOLDS
+    assert verdict(find("004", 28, "tokens a step")) == FAILS
+    assert verdict(find("003", 87, "40 layers")) == OPEN
+    assert verdict(find("000", 98, "almost no loss")) == OPEN
+
+
+@pytest.mark.parametrize(
+    "stated, expected",
+    [("208,638,720", HOLDS), ("208,638,721", FAILS), ("~209e6", HOLDS), ("~230e6", FAILS), ("<=2e8", FAILS), (">2e8", HOLDS)],
+)
+def test_another_stated_figure_is_another_verdict(stated, expected):
+    assert verdict(replace(find("004", 23, "parameters"), stated=stated)) == expected
+
+
+def test_a_failing_figure_holds_once_it_is_put_right():
+    found = audit.audit({})
+    for finding in found:
+        if finding.verdict == FAILS and finding.span.low == finding.span.high:
+            right = replace(finding.claim, stated=f"{finding.span.value:.12g}")
+            assert verdict(right) == (OPEN if right.bound else HOLDS), right
+
+
+def test_a_measurement_decides():
+    claim = find("000", 9, "sines")
+    assert [verdict(claim, srte__sincos=x) for x in ((1, -1, 3), (7, 5.2, 8.9), (4, 2, 6))] == [HOLDS, FAILS, OPEN]
+
+
+def test_a_bound_refutes_and_never_confirms():
+    claim = find("001", 234, "1 A100")
+    assert verdict(claim) == OPEN
+    assert verdict(replace(claim, stated="<=1")) == FAILS
+
+
+def test_the_numbers_known_by_hand():
+    values = {(f.claim.document, f.claim.line, f.claim.stated): f.span.value for f in audit.audit({}) if f.span}
+    assert values["000", 15, "22.144"] == 22_143_967_232 / 1e9
+    assert values["000", 134, "~7"] == 2_592_264_192 / 1e9
+    assert values["001", 24, "259.4"] == 259_360_768 / 1e6
+    assert values["002", 14, "0"] == 6 * 2 * 512**2
+    assert values["004", 75, "~8"] == 24 * 2 * 768 * 192 / 1e6
+    assert values["004", 30, "128"] == 4 * 2048 * 16
+    assert values["003", 292, "~4"] == 12 * 5120**2 / (5120**2 + 5120 * 1536)
+
+
+def test_every_figure_of_the_documents_is_there_once():
+    keys = [(c.document, c.line, c.statement, c.stated) for c in CLAIMS]
+    assert len(keys) == len(set(keys)) > 200
+    assert {c.document for c in CLAIMS} == set(audit.DOCUMENTS)
+    last = {"000": 198, "001": 479, "002": 385, "003": 444, "004": 79}
+    assert all(1 <= c.line <= last[c.document] for c in CLAIMS)
+
+
+def test_every_formula_is_evaluated_or_not_measured():
+    for finding in audit.audit({}):
+        missing = finding.why.startswith("not measured yet: hnb run ")
+        assert finding.span is not None or missing or not finding.claim.formula
+        assert missing == ("measured(" in finding.claim.formula)
+
+
+def test_every_failure_is_a_sentence_with_its_numbers():
+    for finding in audit.audit({}):
+        if finding.verdict == FAILS:
+            text = audit.sentence(finding)
+            assert "\n" not in text and audit.value_text(finding) in text and finding.claim.note in text
+
+
+def test_settings_are_carried_and_an_altered_one_is_found():
+    assert [s for s in audit.SETTINGS if audit.strays(s)] == []
+    for setting in audit.SETTINGS:
+        name = next(iter(setting.stated))
+        assert audit.strays(replace(setting, stated=setting.stated | {name: object()})).keys() == {name}
+
+
+def test_a_figure_that_no_report_holds_is_not_made_up():
+    assert audit.read_measurements(ROOT / "no such folder") == {}
+    empty = audit.read_figures({"results": {"verdict": "PASS"}})
+    assert empty == {}
+
+
+def test_reports_are_read_as_they_are(tmp_path):
+    figures = {"results": {"figures": {"factor_2": [1.0, 0.5, 1.5]}}}
+    result = {"pipeline": "other", "subject": "x", "verdict": "PASS", "headline": {}} | figures
+    for name, shown in (("other-x-aaaaaa", result), ("other-x-bbbbbb.FAILED", result), ("notes", None)):
+        cell = nbformat.v4.new_code_cell("0", execution_count=1)
+        cell.outputs = [nbformat.v4.new_output("display_data", {"application/vnd.hybrid-nb+json": shown})] if shown else []
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+    assert audit.read_measurements(tmp_path) == {"other.factor_2": Measurement(as_span((1.0, 0.5, 1.5)), "other-x-aaaaaa")}
+
+
+def test_numbers_of_a_bundle_are_finite():
+    spans = [x for m in audit.bundle(audit.read_measurements(ROOT / "reports"))["measurements"].values() for x in m["span"]]
+    assert all(map(math.isfinite, spans))
+
+
+@pytest.fixture(scope="module")
+def report(copy) -> Path:
+    "The report that `hnb run audit` makes in a copy without other reports."
+    done = subprocess.run([HNB, "run", "audit"], cwd=copy, capture_output=True, text=True, env=environment(copy))
+    assert done.returncode == 0, done.stderr
+    return next((copy / "reports").glob("audit-all-*.ipynb"))
+
+
+def environment(copy: Path) -> dict[str, str]:
+    "This process's environment with the copy's package."
+    return dict(os.environ) | {"PYTHONPATH": str(copy)}
+
+
+def test_the_report_needs_no_other_reports(report):
+    result = read_result(report)
+    assert result["bundle"]["measurements"] == {}
+    assert result["headline"]["figures"] == len(CLAIMS)
+    assert sum(result["headline"][v] for v in audit.VERDICTS) == len(CLAIMS)
+    assert result["verdict"] == "FAIL" and result["results"]["because"]
+
+
+def test_the_report_is_verified_and_an_altered_one_is_not(report, copy, tmp_path):
+    def verify(path: Path) -> subprocess.CompletedProcess:
+        return subprocess.run([HNB, "verify", str(path)], cwd=copy, capture_output=True, text=True, env=environment(copy))
+
+    assert verify(report).returncode == 0, verify(report).stderr
+    text = json.dumps(json.loads(report.read_text())).replace('"2.592"', '"7.000"')
+    altered = tmp_path / report.name
+    altered.write_text(text)
+    done = verify(altered)
+    assert done.returncode == 65 and "table 000" in done.stderr

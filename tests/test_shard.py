@@ -1,0 +1,147 @@
+"""Training in shards on two gloo processes: the losses of one process, real shards, and checkpoints that every layout reads.
+
+Run with `pytest tests/test_shard.py`. torchrun itself starts once; the other cases fork the two ranks.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import driver
+import pytest
+from driver import one_thread, result, tiny
+from safetensors.torch import load_file
+from test_torchrun import ended, gap, two
+
+from hybrid_nb import runs, shard, train
+from hybrid_nb.config import get_config, to_yaml
+from hybrid_nb.runs import Run, checkpoints, load_run, read_checkpoint
+
+SAME = {"dropout": 0.0, "attn_dropout": 0.0, "log_interval": 1, "steps": 10, "save_interval": 5, "eval_interval": 5,
+        "gradient_checkpointing": True, "grad_noise": 0.2, "k": "frozen-orthogonal"}
+ONE, TWO = tiny(**SAME, grad_accum=2), tiny(**SAME, grad_accum=1)
+SHARDED = ("zero1", "zero2", "zero3", "tp2")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    "A folder for this module's runs and prepared text."
+    with one_thread():
+        yield tmp_path_factory.mktemp("shard")
+
+
+@pytest.fixture(scope="module")
+def single(work) -> Run:
+    "The global batches in one process."
+    return train.train(ONE, work / "single", device="cpu", cache=work / "cache")
+
+
+def command(work: Path, name: str, mode: str, config=None) -> list:
+    "The arguments of a run in a layout."
+    path = work / f"{name}.yaml"
+    path.write_text(to_yaml(config or (ONE if mode == "tp2" else TWO)))
+    return ["--config", path, "--cache", work / "cache", "--device", "cpu", "--folder", work / name, "--parallel", mode]
+
+
+@pytest.fixture(scope="module")
+def sharded(work, single) -> dict[str, Run]:
+    "The same in each layout on two processes."
+    for mode in SHARDED:
+        assert ended(two(command(work, mode, mode))) == [0, 0], mode
+    return {mode: load_run(work / mode) for mode in SHARDED}
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_a_layout_loses_what_one_process_loses(sharded, single, mode):
+    "Noise on the gradients, clipping, recomputed activations and frozen keys included."
+    run = sharded[mode]
+    assert (run.info["world_size"], run.info["parallel"], run.info["tokens_seen"]) == (2, mode, single.info["tokens_seen"])
+    assert len(run.records("train")) == 10 and gap(run, single, "train", "loss") < 1e-5
+    assert gap(run, single, "train", "grad_norm") < 1e-4 and gap(run, single, "eval", "val_loss") < 1e-5
+    assert [r["text"] for r in run.records("sample")] == [r["text"] for r in single.records("sample")]
+    a, b = (load_file(r.path / "model/model.safetensors") for r in (run, single))
+    assert a.keys() == b.keys() and max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-3
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_a_checkpoint_has_whole_tensors(sharded, single, mode):
+    there, here = (read_checkpoint(checkpoints(r.path)[0]) for r in (sharded[mode], single))
+    for group in ("model", "optimizer"):
+        assert {n: t.shape for n, t in there.groups[group].items()} == {n: t.shape for n, t in here.groups[group].items()}
+        assert max(float((t - here.groups[group][n]).abs().max()) for n, t in there.groups[group].items()) < 1e-3
+
+
+def test_the_same_batches_on_both_are_another_run(work, single):
+    "The negative control of the equality."
+    assert ended(two(command(work, "naive", "zero2"), ("same batches",))) == [0, 0]
+    assert gap(load_run(work / "naive"), single, "train", "loss") > 1e-3
+
+
+def halfway(work: Path, run: Run, name: str) -> Path:
+    "A copy of a run whose last checkpoint is that of its fifth step."
+    shutil.copytree(run.path, work / name)
+    shutil.rmtree(work / name / "checkpoints/step-10")
+    return work / name
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_two_processes_are_continued_by_one(sharded, single, work, mode):
+    readers = 1 if mode == "tp2" else 2
+    config = shard.move(halfway(work, sharded[mode], f"{mode}-half"), work / f"{mode}-one", 1)
+    assert config.train.grad_accum == (ONE if readers == 1 else TWO).train.grad_accum * readers
+    run = train.train(config, work / f"{mode}-one", device="cpu", cache=work / "cache")
+    assert [r["step"] for r in run.records("train")] == list(range(1, 11)) and "parallel" not in run.info
+    assert gap(run, single, "train", "loss") < 1e-5 and gap(run, sharded[mode], "train", "loss") < 1e-5
+
+
+@pytest.mark.parametrize("mode", ("zero1", "zero3"))
+def test_one_process_is_continued_by_two(single, work, mode):
+    config = shard.move(halfway(work, single, f"one-{mode}-half"), work / f"one-{mode}", 2)
+    assert config == TWO
+    assert ended(two(command(work, f"one-{mode}", mode, config))) == [0, 0]
+    assert gap(load_run(work / f"one-{mode}"), single, "train", "loss") < 1e-5
+
+
+def test_a_killed_layout_resumes_bit_for_bit(sharded, work):
+    assert -9 in ended(two(command(work, "killed", "zero3"), ("kill step", 7)))
+    assert ended(two(command(work, "killed", "zero3"))) == [0, 0]
+    assert result(load_run(work / "killed")) == result(sharded["zero3"])
+
+
+def test_a_hybrid_model_in_shards(work):
+    same = {"dropout": 0.0, "attn_dropout": 0.0, "branch_dropout": 0.0, "log_interval": 1, "steps": 6, "eval_interval": 6}
+    config = driver.tiny_hybrid(**same, grad_accum=1)
+    assert ended(two(command(work, "hybrid", "zero2", config))) == [0, 0]
+    one = train.train(driver.tiny_hybrid(**same, grad_accum=2), work / "hybrid-one", device="cpu", cache=work / "cache")
+    assert gap(load_run(work / "hybrid"), one, "train", "loss") < 1e-5 and gap(load_run(work / "hybrid"), one, "eval", "val_loss") < 1e-5
+
+
+def test_what_shards_do_not_divide_is_refused(work):
+    odd = tiny(**SAME, d_ff=63)
+    ranks = two(command(work, "odd", "tp2", odd))
+    assert ended(ranks) == [runs.USAGE] * 2
+    assert "2 shards do not divide d_ff=63, as parallel='tp2' needs" in ranks[0].err
+    assert not (work / "odd").exists()
+
+
+def test_uneven_targets_and_real_shards():
+    "Under torchrun, with biases and without tied weights."
+    config = get_config("smoke", {
+        "n_layer": 2, "d_model": 16, "n_head": 4, "n_kv_head": 2, "d_ff": 24, "vocab_size": 61, "attn_bias": True, "ffn_bias": True,
+        "position": "learned", "tie_embeddings": False, "q": "frozen-gaussian", "seq_len": 12, "batch_size": 8, "grad_accum": 2,
+        "grad_clip": 0.3, "warmup_steps": 1, "lr": 0.01})
+    _, y = shard.trial_batch(config, 0)
+    counts = [int((part != -100).sum()) for part in y.split(4, dim=1)]
+    assert counts[0] * 2 < counts[1]
+    trials = json.loads(json.dumps(shard.run_trials(config)))
+    assert set(trials) == {"one", *shard.MODES}
+    (one,) = trials["one"]["bytes"]
+    for mode in shard.MODES:
+        assert shard.gap(trials, mode) < 1e-5 and shard.gap(trials, mode, "norms") < 1e-4, mode
+    assert {row[-1] for row in shard.trial_table(trials, config).cells} == {"yes"}
+    for mode in ("zero2", "zero3"):
+        for name in ("weights", "gradients", "optimizer state"):
+            assert sum(rank[name] for rank in trials[mode]["bytes"]) == one[name], (mode, name)
+            assert all(abs(rank[name] / one[name] - 0.5) < 0.02 for rank in trials[mode]["bytes"])
+    assert [rank["frozen weights"] * 2 for rank in trials["tp2"]["bytes"]] == [one["frozen weights"]] * 2
+    assert sum(rank["optimizer state"] for rank in trials["zero1"]["bytes"]) == one["optimizer state"]
