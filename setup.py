@@ -32,7 +32,7 @@ setup(
     packages=[cfg["lib_path"]],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub", "slurm")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub", "slurm", "peft")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "papermill.engine": ["hybrid_nb=hybrid_nb.pipeline:HybridEngine"],

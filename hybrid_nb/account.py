@@ -44,13 +44,14 @@ def _projection_rows(config: Config, layer: int | None, roles: str) -> list[Para
             rows += [ParamRow(layer, f"attention.{role}.bias", (out,))] if m.attn_bias else []
     return rows
 
-# %% ../nbs/12_account.ipynb #fe700c38
+# %% ../nbs/12_account.ipynb #a39bffda
 def _adapter_rows(config: Config, layer: int) -> list[ParamRow]:
     "The trainable parts around Q and K."
     m, rows = config.model, []
     for role, width in (("q", m.d_model), ("k", m.n_kv_head * m.d_head)):
         if m.qk_rank and m.state(role).startswith("frozen"):
-            rows += [ParamRow(layer, f"attention.{role}.down", (m.qk_rank, m.d_model)), ParamRow(layer, f"attention.{role}.up", (width, m.qk_rank))]
+            shapes = {"down": (m.qk_rank, m.d_model), "up": (width, m.qk_rank)}
+            rows += [ParamRow(layer, f"attention.{role}.{part}", shape) for part, shape in shapes.items()]
         rows += [ParamRow(layer, f"attention.{role}.shift", (width,))] if m.qk_shift else []
         rows += [ParamRow(layer, f"attention.{role}.norm", (m.d_head,))] if m.qk_norm else []
     return rows + ([ParamRow(layer, "attention.temperature", (m.n_head,))] if m.qk_temperature else [])

@@ -322,7 +322,7 @@ class TrainConfig:
         _check(0 <= (self.late_dropout or 0) < 1, f"late_dropout={self.late_dropout} is outside [0, 1)")
         _check(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} are outside [0, 1)")
 
-# %% ../nbs/01_config.ipynb #da7afee6
+# %% ../nbs/01_config.ipynb #d80754fa
 @dataclass(frozen=True)
 class DataConfig:
     "Where text comes from and how it becomes tokens."
@@ -387,7 +387,8 @@ class FinetuneConfig:
 
     def __post_init__(self):
         _check_types(self)
-        _check(bool(self.start.strip()), f"start={self.start!r} names no model to begin from: a run's folder, a model's, or 'hf:owner/name'")
+        _check(bool(self.start.strip()),
+               f"start={self.start!r} names no model to begin from: a run's folder, a model's, or 'hf:owner/name'")
         _check(self.rank >= 0, f"rank={self.rank} must be at least 1, or 0 to train every weight")
         _check(self.alpha > 0, f"alpha={self.alpha} must be above 0")
         _check(0 <= self.dropout < 1, f"dropout={self.dropout} is outside [0, 1)")
@@ -447,13 +448,13 @@ def cast(
     except (TypeError, ValueError):
         raise ConfigError(f"{name}={value!r} is not of type {hint.__name__}") from None
 
-# %% ../nbs/01_config.ipynb #ec650414
+# %% ../nbs/01_config.ipynb #f1b75e0b
 def _field_map(model: type) -> dict[str, tuple[str, Any]]:
     "Each bare field name: the record that has it, and its type."
     parts = {"model": model, "train": TrainConfig, "data": DataConfig}
     return {name: (part, hint) for part, cls in parts.items() for name, hint in typing.get_type_hints(cls).items()}
 
-_OPTIONAL = {"distill": DistillConfig, "finetune": FinetuneConfig}  # records that a configuration may lack; their fields need the record's name
+_OPTIONAL = {"distill": DistillConfig, "finetune": FinetuneConfig}  # a configuration may lack them; their fields need the record's name
 
 def override(
     config: Config,  # the base

@@ -7,7 +7,7 @@ __all__ = ['DecoderConfig', 'make_norm', 'DecoderBlock', 'DecoderPreTrainedModel
            'DecoderModel', 'linear_cross_entropy', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder',
            'learned_state', 'to_llama', 'checkpoint_activations']
 
-# %% ../nbs/09_decoder.ipynb #91ae8783
+# %% ../nbs/09_decoder.ipynb #7dbd8b7b
 import re
 from dataclasses import dataclass, fields
 from functools import partial
@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import Attention, RMSNorm, ShiftedLayer, projection, shifted_cache
-from .config import ConfigError, ModelConfig, asdict
+from .config import ConfigError, ModelConfig
 from .moe import Experts, Router, balance_loss, feed_forward
 from .orthogonal import OrthogonalLinear, seeded_weights
 from .rope import Stretch, rope_parameters, rope_table
@@ -154,7 +154,7 @@ def token_positions(
         return torch.arange(past, past + T, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
 
-# %% ../nbs/09_decoder.ipynb #e3591769
+# %% ../nbs/09_decoder.ipynb #92930b2e
 @dataclass
 class DecoderModelOutput(BaseModelOutputWithPast):
     "Hidden states with what the routers did."
@@ -193,8 +193,10 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = shifted_cache(config.shape) if config.qk_shift else DynamicCache(config=config)
-        if config.qk_shift and past_key_values is not None and not all(isinstance(x, ShiftedLayer) for x in past_key_values.layers or [None]):
-            raise ValueError(f"qk_shift=True needs the cache of `shifted_cache`, not a {type(past_key_values).__name__} without the last token")
+        if config.qk_shift and past_key_values is not None:
+            if not all(isinstance(layer, ShiftedLayer) for layer in past_key_values.layers or [None]):
+                raise ValueError(f"qk_shift=True needs the cache of `shifted_cache`, not a {type(past_key_values).__name__}, "
+                                 "which has no last token")
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         position_ids = token_positions(T, config.max_seq_len, device, attention_mask, past, position_ids)
         mask = None

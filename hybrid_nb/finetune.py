@@ -9,7 +9,7 @@ __all__ = ['UNCALLED', 'FREE', 'SCHEMA', 'linear_maps', 'adapter_size', 'find_ta
            'learned_table', 'price_table', 'answers_table', 'draw_price', 'plot_price', 'verdict', 'verdict_table',
            'bundle', 'recompute', 'results']
 
-# %% ../nbs/26_finetune.ipynb #44e6f413
+# %% ../nbs/26_finetune.ipynb #4ddd2e15
 import hashlib
 import importlib
 import json
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -39,7 +40,7 @@ from .report import GREY, Picture, Table
 from .runs import BAD_DATA, Run, RunError, checkpoints, io_errors, write_json
 from .study import PALETTE, Arm, Study
 from .teacher import Teacher, load_teacher
-from .train import Objective, World
+from .train import DTYPES, Objective, World
 
 # %% ../nbs/26_finetune.ipynb #ddafa28b
 UNCALLED = ("lm_head", "dt_proj")  # linear maps whose weight is read without calling them
@@ -357,7 +358,7 @@ def ask(
         rows.append({"question": d.prompt.strip(), "answer": d.text, "said": said, "right": right})
     return rows
 
-# %% ../nbs/26_finetune.ipynb #fcf063b9
+# %% ../nbs/26_finetune.ipynb #131b704e
 def tuning_arms(
     config: Config,  # as `tuning_config` gives it, with the rate at which every weight is trained
     start: str | Path,  # the run's folder
@@ -393,20 +394,21 @@ def outcomes(
     for e in study.entries:
         if e.outcome[0] != "done":
             continue
-        path, c, t = Path(folder) / e.name, e.run.config, e.run.config.train
+        path, c, t, dtype = Path(folder) / e.name, e.run.config, e.run.config.train, DTYPES[e.run.info["resolved"]["precision"]]
         model = AutoModelForCausalLM.from_pretrained(path / "model").eval()
         data = prepare(c.data, c.model.vocab_size, t.seq_len, cache)
-        loss = evaluate(model, data.valid_batches(t.batch_size, t.seq_len, t.eval_batches)).nats
+        context = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        loss = evaluate(model, data.valid_batches(t.batch_size, t.seq_len, t.eval_batches), context=context).nats
         tokenizer = load_tokenizer(data.folder)
         questions = held_questions(c, tokenizer, asked) if asked and e.seed == study.plan.seeds[0] else []
         said = ask(model, tokenizer, questions, tokens)
         kept = checkpoints(path)[:1]
         size = sum(f.stat().st_size for f in kept[0].glob("*.safetensors")) if kept else None
         rows.append({"arm": e.arm, "seed": e.seed, "saved loss": loss, "checkpoint": size, "asked": len(said),
-                     "right": sum(row["right"] for row in said), "answers": said[:2]})
+                     "right": sum(row["right"] for row in said), "answers": said[:1]})
     return rows
 
-# %% ../nbs/26_finetune.ipynb #2a367f62
+# %% ../nbs/26_finetune.ipynb #2214ec17
 def _ends(study: Study, arm: str) -> tuple[float, float]:
     "Mean loss of an arm before its first update and after its last, nats."
     records = [run.records("eval") for run in study.finished(arm)]
@@ -449,7 +451,8 @@ def price_table(study: Study, told: list[dict[str, Any]]) -> Table:
 
 def answers_table(told: list[dict[str, Any]]) -> Table:
     "Some answers beside the right ones."
-    return Table([{"arm": row["arm"], **{k: a[k] for k in ("question", "answer", "said")}} for row in told for a in row["answers"]])
+    return Table([{"arm": row["arm"], "question": a["question"], "answer": a["answer"], "the beginning of what it said": a["said"][:32]}
+                  for row in told for a in row["answers"]])
 
 def draw_price(study: Study) -> Figure:
     "Perplexity of the answers against the number of trained parameters."
@@ -459,13 +462,19 @@ def draw_price(study: Study) -> Figure:
         x = study.finished(arm)[0].info["params"]["trainable"]
         ends = [math.exp(min(run.records("eval")[-1]["val_loss"], 700)) for run in study.finished(arm)]
         ax.plot([x] * len(ends), ends, "o", color=color, ms=5)
-        ax.annotate(arm, (x, max(ends)), xytext=(0, 7), textcoords="offset points", ha="center", color=color, fontsize=9)
+        tuned = "objective" in study.finished(arm)[0].info  # the control has as many parameters as the first arm: its name stands below
+        ax.annotate(arm, (x, max(ends) if tuned else min(ends)), xytext=(0, 7 if tuned else -15), textcoords="offset points", ha="center",
+                    color=color, fontsize=9)
         before = before or math.exp(min(_ends(study, arm)[0], 700))
     if before is not None:
         ax.axhline(before, color=GREY, lw=0.8, ls="--")
         ax.annotate("before", (0.01, before), xycoords=("axes fraction", "data"), xytext=(0, -10), textcoords="offset points",
                     color=GREY, fontsize=8)
     ax.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="PPL of the answers")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:,g}")
     ax.margins(0.12, 0.15)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)

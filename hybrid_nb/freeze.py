@@ -31,7 +31,7 @@ from .report import GREY, Picture, StoredRun, Table
 from .runs import BAD_DATA, Run, RunError, checkout
 from .study import ALPHA, MARGIN, PALETTE, Arm, Comparison, Study, compare, spread, t_interval
 
-# %% ../nbs/21_freeze.ipynb #af0e484e
+# %% ../nbs/21_freeze.ipynb #cff5f3cb
 _FROZEN = {"q": "frozen-orthogonal", "k": "frozen-orthogonal", "ortho_method": "per-head"}
 _PLAIN = {"ortho_shared": False, "qk_norm": False, "qk_temperature": False, "qk_rank": 0, "qk_shift": False}
 ARMS: dict[str, dict[str, Any]] = {
@@ -48,6 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "k-shift": _FROZEN | {"qk_shift": True},
     "l-all": _FROZEN | {"qk_norm": True, "qk_temperature": True, "qk_rank": 8, "qk_shift": True},
     "m-base-freed": {"q": "trainable", "k": "trainable", "qk_norm": True, "qk_temperature": True, "qk_shift": True},
+    "n-rank-32-shift": _FROZEN | {"qk_rank": 32, "qk_shift": True},
 }
 
 def freeze_arms(
@@ -415,12 +416,13 @@ def claims_table(a: Analysis) -> Table:
                      "without a seed": other or ("the same" if words else "too few pairs")})
     return Table(rows, {"mean d": "{:+.4f}", "s": "{:.4f}"} | dict.fromkeys(("p at the lower end", "p at the upper end"), "{:.2g}"))
 
-# %% ../nbs/21_freeze.ipynb #07dd1ea1
+# %% ../nbs/21_freeze.ipynb #c5c65bdd
 QUESTIONS = {"a trained orthogonal start against GPT-Base's Gaussian": "ba", "freezing, against training from the same start": "cb",
              "frozen orthogonal against frozen Gaussian": "cd", "frozen: global against per-head QR": "ec",
              "trained: global against per-head QR": "fb", "trained: orthogonal against Gaussian start of the same scale": "bg",
              "frozen: with normalised queries and keys": "hc", "frozen: with a temperature a head": "ic",
              "frozen: with a low-rank correction": "jc", "frozen: with the token before": "kc", "frozen: with all four": "lc",
+             "frozen: with a correction of rank 32 and the token before": "nc",
              "trained from A: with the same parts": "ma"}
 
 def questions_table(a: Analysis) -> Table:
@@ -554,7 +556,7 @@ def plot_target(a: Analysis) -> Picture:
     axis = "minutes of training to " + (f"validation perplexity {a.target:.4g}" if a.target else "the target: no run is done")
     return Picture(_draw_dots(a, times, axis, "{:.3g} minutes", missing), "; ".join(says))
 
-# %% ../nbs/21_freeze.ipynb #ea9c5265
+# %% ../nbs/21_freeze.ipynb #936abba7
 SCHEMA = 1  # of a bundle
 
 def verdict(a: Analysis) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
@@ -583,7 +585,8 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     "Headline, verdict and tables, from a bundle alone."
     a = stored_analysis(stored)
     tables = {"parameters": params_table(a), "layers": layers_table(a), "progress": progress_table(a), "efficiency": efficiency_table(a),
-              "hypotheses": hypotheses_table(a), "tests": claims_table(a), "notes": reasons_table(a), "questions": questions_table(a), "gap": gap_table(a),
+              "hypotheses": hypotheses_table(a), "tests": claims_table(a), "notes": reasons_table(a), "questions": questions_table(a),
+              "gap": gap_table(a),
               "runs": studies.runs_table(a.study), "arms": studies.arms_table(a.study), "pairs": studies.pairs_table(a.study),
               "against the baseline": studies.tests_table(a.study)}
     found = _headline(a)

@@ -7,8 +7,7 @@ __all__ = ['ARMS', 'AIM', 'SKIPPED', 'PARTS', 'allowed_ratio', 'skipped_work', '
            'time_parts', 'parts_table', 'profile_ops', 'ops_table', 'draw_parts', 'plot_parts', 'traffic_table',
            'bundle', 'recompute']
 
-# %% ../nbs/29_speed.ipynb #783fed1d
-import math
+# %% ../nbs/29_speed.ipynb #5e7c2bfb
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -686,7 +686,7 @@ def _note_failure(folder: Path, error: Exception):
             with suppress(OSError):
                 write_json(path, info | {"status": "failed", "error": str(error) or type(error).__name__})
 
-# %% ../nbs/15_train.ipynb #a8ac98a6
+# %% ../nbs/15_train.ipynb #9566ca35
 def train(
     config: Config,
     folder: str | Path,  # of the run; made, or continued where it holds a run of the same configuration
@@ -710,7 +710,8 @@ def train(
         there, here = json.loads((folder / "config.json").read_text()), asdict(config)
         for part in OBJECTIVES:
             if there.get(part) != here.get(part):
-                raise RunError(f"run folder {folder} is of another configuration: {part} is {there.get(part)} there and {here.get(part)} here")
+                raise RunError(f"run folder {folder} is of another configuration: "
+                               f"{part} is {there.get(part)} there and {here.get(part)} here")
     if (folder / "run.json").exists() and load_run(folder).info["status"] == "done":
         if main:
             print(f"{folder.name} is finished: nothing to do")
