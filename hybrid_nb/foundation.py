@@ -9,7 +9,7 @@ __all__ = ['DEEP', 'WIDE', 'SPIKE', 'BEFORE', 'COLORS', 'SCHEMA', 'scaled_shape'
            'pairs_table', 'findings_table', 'notes_table', 'draw_choice', 'plot_choice', 'draw_sizes', 'plot_sizes',
            'verdict', 'bundle', 'stored_experiment', 'recompute', 'results']
 
-# %% ../nbs/30_foundation.ipynb #ac68c448
+# %% ../nbs/30_foundation.ipynb #15e4e646
 import math
 import statistics
 from collections.abc import Iterable
@@ -159,7 +159,7 @@ def time_steps(
     steps = {arm: make_step(Contender("hybrid-nb", resolve(c, place).precision), c, place) for arm, c in configs.items()}
     return race(steps, rounds, warmup=1, device=place, least_s=least_s, tell=False).to_dict("list")
 
-# %% ../nbs/30_foundation.ipynb #e71af6e4
+# %% ../nbs/30_foundation.ipynb #05d10062
 @dataclass(frozen=True)
 class Experiment:
     "A study of the arms of a design, and what was measured beside it."

@@ -321,7 +321,7 @@ def load_run(path: str | Path) -> Run:
     info = json.loads((path / "run.json").read_text())
     return Run(path, info, from_dict(info["config"]))
 
-# %% ../nbs/13_runs.ipynb #f81a5790
+# %% ../nbs/13_runs.ipynb #a58284dc
 def claim_folder(folder: Path, config: Config):
     "Make a run folder for a configuration, or check that it is this configuration's."
     path = folder / "config.json"
@@ -334,4 +334,5 @@ def claim_folder(folder: Path, config: Config):
         for name in here[part] | there[part]:
             values = [of[part].get(name, "the default") for of in (there, here)]
             if values[0] != values[1]:
-                raise RunError(f"run folder {folder} is of another configuration: {part}.{name} is {values[0]!r} there and {values[1]!r} here")
+                raise RunError(f"run folder {folder} is of another configuration: "
+                               f"{part}.{name} is {values[0]!r} there and {values[1]!r} here")
