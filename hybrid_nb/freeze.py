@@ -461,7 +461,7 @@ def gap_table(a: Analysis) -> Table:
     rows = rows or [{"arm": "none", "within 1 % of A": "no frozen arm, or no run of group A"}]
     return Table(rows, {"trainable": "{:,}", "below A": "{:.1%}", "d against A": "{:+.4f}", "PPL": "{:+.1%}"})
 
-# %% ../nbs/21_freeze.ipynb #18058c2f
+# %% ../nbs/21_freeze.ipynb #522ce2d1
 def _colors(a: Analysis) -> dict[str, str]:
     return dict(zip(a.study.plan.arms, PALETTE * len(a.study.plan.arms), strict=False))
 
@@ -491,8 +491,9 @@ def draw_tradeoff(a: Analysis) -> Figure:
     ax.set(xlabel="trainable parameters (millions)", ylabel="final validation perplexity")
     ax.set_xlim(min(xs) - 0.15 * wide, max(xs) + 0.45 * wide)
     scale = ax.transAxes.inverted().transform
-    for x in set(xs) if points else ():
-        places = {arm: scale(ax.transData.transform((0, p[1])))[1] for arm, p in points.items() if p[0] == x}
+    for cluster in {round(x / (0.1 * wide)) for x in xs} if points else ():
+        near = {arm: p for arm, p in points.items() if round(p[0] / (0.1 * wide)) == cluster}
+        x, places = max(p[0] for p in near.values()), {arm: scale(ax.transData.transform((0, p[1])))[1] for arm, p in near.items()}
         for arm, y in spread(places, 15 / ax.get_window_extent().height).items():
             where = scale(ax.transData.transform((x, 0)))[0] + 0.04
             ax.annotate(f"{arm} {points[arm][1]:.4g}", (where, y), xycoords="axes fraction", color=colors[arm], fontsize=9, va="center")
