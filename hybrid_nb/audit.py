@@ -719,11 +719,12 @@ def read_benchmark(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     half = {"half": (as_span(rates[names[0]] / rates[names[1]]), f"shape {shape}")} if rates.keys() >= set(names) else {}
     return half | read_figures(result)
 
-# %% ../nbs/32_audit.ipynb #3ad27164
+# %% ../nbs/32_audit.ipynb #a1d68b8d
 def read_projector(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     "Losses, steps and speeds of the projectors of document 003 at its own size; nothing of a smaller one."
     stored = result["bundle"]
-    table, seconds = claims.Records(stored["records"]), {row["arm"]: row["seconds"] for row in stored["costs"]}
+    table = claims.Records(stored["records"])
+    seconds = {row["arm"]: float(np.median(row["seconds"])) for row in stored["costs"]}
     if stored["size"] != "full" or len(table.values("stated", "linear", "loss")) < 2:
         return {}
     found = {f"loss_{arm}": table.values("stated", arm, "loss") for arm in claims.RATIOS}
@@ -731,7 +732,8 @@ def read_projector(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     found |= {"loss_without_norm": table.values("stated", "no LayerNorm, Qwen-14B", "loss"),
               "without_over_with_norm": table.ratio("stated", "no LayerNorm, Qwen-14B", "1.0x"),
               "lowered": [100 * (1 - x) for x in table.ratio("stated", "1.0x", "linear at 1e-4, Qwen-14B")],
-              "gelu_over_silu": table.ratio("parts", "GELU", "SiLU"), "dead_relu": [100 * x for x in table.values("parts", "ReLU", "dead")]}
+              "gelu_over_silu": table.ratio("parts", "GELU", "SiLU, xavier"),
+              "dead_relu": [100 * x for x in table.values("parts", "ReLU", "dead")]}
     spans = {name: over_seeds(values) for name, values in found.items()}
     spans |= {f"time_{arm}": as_span(s / seconds["linear"]) for arm, s in seconds.items()}
     spans |= {f"speed_{arm}": as_span(seconds["linear"] / s) for arm, s in seconds.items()}
