@@ -358,7 +358,7 @@ def ask(
         rows.append({"question": d.prompt.strip(), "answer": d.text, "said": said, "right": right})
     return rows
 
-# %% ../nbs/26_finetune.ipynb #131b704e
+# %% ../nbs/26_finetune.ipynb #5d8c2eba
 def tuning_arms(
     config: Config,  # as `tuning_config` gives it, with the rate at which every weight is trained
     start: str | Path,  # the run's folder
@@ -408,7 +408,7 @@ def outcomes(
                      "right": sum(row["right"] for row in said), "answers": said[:1]})
     return rows
 
-# %% ../nbs/26_finetune.ipynb #2214ec17
+# %% ../nbs/26_finetune.ipynb #2f466751
 def _ends(study: Study, arm: str) -> tuple[float, float]:
     "Mean loss of an arm before its first update and after its last, nats."
     records = [run.records("eval") for run in study.finished(arm)]
