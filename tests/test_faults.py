@@ -308,7 +308,7 @@ def spoil_loss(model, monkeypatch):
 
     def forward(*args, **kwargs):
         out = real(*args, **kwargs)
-        out.loss = out.loss * float("inf")
+        out.loss = out.token_loss = out.loss * float("inf")
         return out
 
     monkeypatch.setattr(model, "forward", forward)
