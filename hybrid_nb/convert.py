@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVERTIBLE', 'Tables', 'target_shape', 'Lost', 'whole_table', 'read_tables', 'share_tables', 'rank_tables',
-           'convert_tables', 'model_folder', 'load_hybrid', 'text_tokens', 'windows', 'Conversion', 'convert_model',
-           'convert', 'main']
+           'convert_tables', 'model_folder', 'quiet_transformers', 'load_hybrid', 'text_tokens', 'windows',
+           'Conversion', 'convert_model', 'convert', 'main']
 
 # %% ../nbs/16_convert.ipynb #3109321a
 import argparse
@@ -177,7 +177,7 @@ def convert_tables(
     return {part: t.to(dtype).clone(memory_format=torch.contiguous_format)
             for name, parts in _parts(new).items() for part, t in zip(parts, tables[name], strict=True)}, lost
 
-# %% ../nbs/16_convert.ipynb #d1bb0158
+# %% ../nbs/16_convert.ipynb #3863f78d
 def model_folder(source: str | Path) -> Path:
     "The folder of a saved hybrid model: the one given, or `model` in a run's."
     source = Path(source)
@@ -194,7 +194,7 @@ def model_folder(source: str | Path) -> Path:
     return folder
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     "No bars and no warnings of transformers."
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -208,7 +208,7 @@ def _quiet() -> Iterator[None]:
 
 def load_hybrid(folder: Path) -> HybridLanguageModel:
     "The model in a folder, every tensor of it stored."
-    with io_errors(f"model {folder}"), _quiet():
+    with io_errors(f"model {folder}"), quiet_transformers():
         try:
             model, info = HybridLanguageModel.from_pretrained(folder, output_loading_info=True, use_safetensors=True,
                                                               local_files_only=True, ignore_mismatched_sizes=True)
@@ -290,7 +290,7 @@ class Conversion:
         return {"source_sha256": files, "changes": self.changes, "parameters": self.parameters, "seq_len": self.seq_len,
                 "lost": [vars(x) for x in self.lost], **losses}
 
-# %% ../nbs/16_convert.ipynb #bcfca357
+# %% ../nbs/16_convert.ipynb #474e97c5
 def convert_model(
     model: HybridLanguageModel,
     new: HybridConfig,  # as `target_shape` gives it
@@ -312,14 +312,14 @@ def convert_model(
     config = copy.deepcopy(model.config)
     for name in CONVERTIBLE:
         setattr(config, name, getattr(new, name))
-    with _quiet():
+    with quiet_transformers():
         made, info = HybridLanguageModel.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype,
                                                          output_loading_info=True)
     assert not any(info.values()), info
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval(), lost
 
-# %% ../nbs/16_convert.ipynb #712488c7
+# %% ../nbs/16_convert.ipynb #4e57290a
 def _check_target(folder: Path, target: Path):
     "Refuse to write over anything, or into the source."
     if os.path.lexists(target):
@@ -334,7 +334,7 @@ def _write(model: HybridLanguageModel, result: Conversion):
     with io_errors(f"cannot write {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _quiet():
+            with quiet_transformers():
                 model.save_pretrained(temporary)
             if (result.source / "tokenizer.json").is_file():
                 shutil.copyfile(result.source / "tokenizer.json", temporary / "tokenizer.json")

@@ -9,7 +9,7 @@ __all__ = ['DEEP', 'WIDE', 'SPIKE', 'BEFORE', 'COLORS', 'SCHEMA', 'scaled_shape'
            'pairs_table', 'findings_table', 'notes_table', 'draw_choice', 'plot_choice', 'draw_sizes', 'plot_sizes',
            'verdict', 'bundle', 'stored_experiment', 'recompute', 'results']
 
-# %% ../nbs/30_foundation.ipynb #15e4e646
+# %% ../nbs/30_foundation.ipynb #ff279478
 import math
 import statistics
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ from .benchmark import Contender, make_step, race
 from .config import Config, ConfigError, HybridConfig, get_config, override
 from .freeze import Finding, judge_region
 from .report import BLUE, GREY, RED, Picture, StoredRun, Table
-from .runs import Run, checkout, load_run
+from .runs import Run, in_checkout, load_run
 from .study import ALPHA, MARGIN, Arm, Comparison, Study, t_interval
 from .train import resolve
 
@@ -159,7 +159,7 @@ def time_steps(
     steps = {arm: make_step(Contender("hybrid-nb", resolve(c, place).precision), c, place) for arm, c in configs.items()}
     return race(steps, rounds, warmup=1, device=place, least_s=least_s, tell=False).to_dict("list")
 
-# %% ../nbs/30_foundation.ipynb #05d10062
+# %% ../nbs/30_foundation.ipynb #bd2d82d3
 @dataclass(frozen=True)
 class Experiment:
     "A study of the arms of a design, and what was measured beside it."
@@ -197,7 +197,7 @@ def experiment(
     "Train every arm from every seed, as far as that is not done, and time a step of each."
     if isinstance(base.model, HybridConfig):
         raise ConfigError(f"{base.name} is a hybrid model: the document's shapes are decoders")
-    arms, place = design.arms(), (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
+    arms, place = design.arms(), in_checkout(folder)
     done = studies.study(base, arms, seeds, place, name=name, baseline=design.deep, margin=margin, alpha=alpha, workers=workers,
                          on_update=on_update)
     calm = {e.name: stability(load_run(place / e.name)) for e in done.entries if e.run is not None}

@@ -10,7 +10,7 @@ __all__ = ['ARMS', 'CLAIMS', 'DOCUMENT_TOTAL', 'DOCUMENT_FROZEN', 'ABOUT_15', 'Q
            'reasons_table', 'claims_table', 'questions_table', 'gap_table', 'draw_tradeoff', 'plot_tradeoff',
            'plot_speed', 'plot_target', 'verdict', 'bundle', 'stored_analysis', 'recompute', 'results', 'demonstrate']
 
-# %% ../nbs/21_freeze.ipynb #3f918175
+# %% ../nbs/21_freeze.ipynb #3cead313
 import math
 import os
 import re
@@ -28,7 +28,7 @@ from . import study as studies
 from .account import Params, param_rows
 from .config import Config, ConfigError, HybridConfig, closest, get_config
 from .report import GREY, Picture, StoredRun, Table
-from .runs import BAD_DATA, Run, RunError, checkout
+from .runs import BAD_DATA, Run, RunError, in_checkout
 from .study import ALPHA, MARGIN, PALETTE, Arm, Comparison, Study, compare, spread, t_interval
 
 # %% ../nbs/21_freeze.ipynb #cff5f3cb
@@ -64,14 +64,14 @@ def freeze_arms(
             raise ConfigError(f"groups={groups!r} must be different letters of {''.join(names)}")
     return [Arm(names[letter], _PLAIN | ARMS[names[letter]], seeded=("ortho_seed",)) for letter in groups]
 
-# %% ../nbs/21_freeze.ipynb #5af6101d
+# %% ../nbs/21_freeze.ipynb #c38f5093
 def find_runs(
     name: str,  # of the study, with which its run folders begin
     folder: str | Path = "runs",  # of run folders; a relative one lies in the checkout
     arms: str = "",  # 'arm=pattern,...' of folders within `folder`; empty: arms are read from the names
 ) -> dict[str, list[Path]]:  # by arm: run folders
     "The run folders of each arm."
-    root = (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
+    root = in_checkout(folder)
     found: dict[str, list[Path]] = {}
     for item in filter(None, arms.replace(" ", "").split(",")):
         arm, equals, pattern = item.partition("=")

@@ -10,7 +10,7 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'alarms', 'alarm_table', 'tolerance', 'verdict', 'verdict_table', 'bundle', 'StoredRun', 'recompute',
            'results', 'progress_line', 'LiveReport']
 
-# %% ../nbs/17_report.ipynb #9a0e7958
+# %% ../nbs/17_report.ipynb #8759ad72
 import html
 import io
 import json
@@ -44,7 +44,7 @@ from hybrid_nb.account import (
                                total_memory,
 )
 from .config import Config, asdict, from_dict
-from .runs import check_name, checkout, load_run, run_name
+from .runs import check_name, in_checkout, load_run, run_name
 from .train import lr_at
 
 # %% ../nbs/17_report.ipynb #2f6f1f25
@@ -125,15 +125,14 @@ def gpu_table(config: Config) -> Table:
     rows = [row | {"peak source": GPUS[row["device"]].source} for row in plan_rows(config)]
     return Table(rows, {"hours": "{:,.1f}"})
 
-# %% ../nbs/17_report.ipynb #1ac9876e
+# %% ../nbs/17_report.ipynb #15e71f74
 def run_folder(
     plan: RunPlan,
     runs: str = "runs",  # folder of run folders
     pipeline: str = "train",
 ) -> Path:  # relative to the working folder
     "The folder of a planned run."
-    root = checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()
-    return Path(os.path.relpath(root / runs / (check_name(plan.run) if plan.run else run_name(pipeline, plan.config))))
+    return Path(os.path.relpath(in_checkout(runs) / (check_name(plan.run) if plan.run else run_name(pipeline, plan.config))))
 
 # %% ../nbs/17_report.ipynb #3b246141
 def _round(value: Any) -> Any:
@@ -299,7 +298,7 @@ def gate_section(run) -> list:  # what to display; empty for a model without gat
     means = ", ".join(f"{m:.3f}" for m in run.records("gates")[-1]["mean"])
     return [Markdown("## What the gates do"), Picture(draw_gates(run), f"mean gate by layer at the end: {means}"), gate_table(run)]
 
-# %% ../nbs/17_report.ipynb #2764a52e
+# %% ../nbs/17_report.ipynb #eadd11da
 def _routed_layers(run) -> range:
     "The layers of a run that have experts."
     n = run.config.model.n_layer

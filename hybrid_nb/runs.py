@@ -6,8 +6,8 @@
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'check_name', 'run_name', 'fsync_dir', 'write_file',
            'replace_file', 'write_json', 'io_errors', 'check_space', 'locked', 'append_record', 'read_records',
            'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'save_checkpoint', 'Checkpoint',
-           'read_checkpoint', 'latest_checkpoint', 'checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run',
-           'load_run', 'claim_folder']
+           'read_checkpoint', 'latest_checkpoint', 'checkout', 'in_checkout', 'code_state', 'lock_hash', 'versions',
+           'machine', 'Run', 'load_run', 'claim_folder']
 
 # %% ../nbs/13_runs.ipynb #02178a6e
 import fcntl
@@ -264,10 +264,16 @@ def latest_checkpoint(
         raise RunError(f"no checkpoint of {folder} can be read; the newest: {skipped[0]}", BAD_DATA)
     return None, []
 
-# %% ../nbs/13_runs.ipynb #347a715f
+# %% ../nbs/13_runs.ipynb #47475874
 def checkout() -> Path:
     "The folder that holds the package: the repository's root, where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
+
+def in_checkout(
+    folder: str | Path,  # a relative one lies in the checkout, or where there is none in the working folder
+) -> Path:
+    "Where a folder is that notebooks and commands name alike, wherever they run."
+    return (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
 
 def _git(*args: str) -> str | None:
     done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)

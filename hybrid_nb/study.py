@@ -11,7 +11,7 @@ __all__ = ['MARGIN', 'ALPHA', 'PASSING', 'SCHEMA', 'TRAIN_RECORDS', 'PALETTE', '
            'Trial', 'trials', 'worker_environment', 'Job', 'run_command', 'job_options', 'job_launcher', 'report_path',
            'has_report', 'study', 'LiveStudy']
 
-# %% ../nbs/20_study.ipynb #b919b853
+# %% ../nbs/20_study.ipynb #6191149c
 import hashlib
 import math
 import os
@@ -39,7 +39,7 @@ from .config import Config, ConfigError, closest, config_hash, override, to_yaml
 from .pipeline import read_result
 from .report import BLUE, GREY, RED, Picture, StoredRun, Table, progress_line
 from .report import bundle as run_bundle
-from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, checkout, claim_folder, load_run
+from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, claim_folder, in_checkout, load_run
 from .train import stop_requests, train
 
 # %% ../nbs/20_study.ipynb #1306d98d
@@ -886,7 +886,7 @@ def _side_by_side(
                 worker.process.wait()
     return errors
 
-# %% ../nbs/20_study.ipynb #dd790150
+# %% ../nbs/20_study.ipynb #2b02400a
 def _is_over(entry: Entry, folder: Path, runner: str) -> bool:
     "Whether there is nothing to do for a run."
     state = entry.outcome[0]
@@ -918,8 +918,7 @@ def study(
         raise ConfigError(f"runner={runner!r} is none of {', '.join(STARTERS)}{closest(runner, STARTERS)}")
     arms, seeds = list(arms), tuple(seeds)
     plan = _plan(name, [a.name for a in arms], seeds, baseline, claims, margin, alpha, parts)
-    place = (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
-    place = Path(os.path.relpath(place))
+    place = Path(os.path.relpath(in_checkout(folder)))
     needed = trials(base, arms, seeds, place, name)
     for trial in needed:
         if trial.folder.exists():

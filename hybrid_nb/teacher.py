@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'LIMIT_GIB', 'projections', 'Tap', 'cached_kv', 'free_m
            'load_teacher', 'check_layers', 'check_finite', 'Reader', 'Rows', 'token_rows', 'window_rows', 'make_room',
            'KVStore', 'extract']
 
-# %% ../nbs/22_teacher.ipynb #c546d26d
+# %% ../nbs/22_teacher.ipynb #05ca0e65
 import fcntl
 import hashlib
 import json
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from . import hybrid  # registers our models with transformers
 from .attention import QKAdapter
 from .config import ConfigError, closest
+from .convert import quiet_transformers
 from .data import DataError, TokenData, load_tokenizer, publish, read_manifest, tokenizer_hash
 from .projector import merge_heads, read_teacher, undo_rope
 from .runs import BAD_DATA, IO, NUMERIC, RunError, io_errors, tensor_hash, write_json
@@ -137,19 +137,7 @@ def check_fits(
                        f"and {torch.device(device).type} has {have / 2**30:,.2f} GiB free")
     return count
 
-# %% ../nbs/22_teacher.ipynb #b9c598e8
-@contextmanager
-def _quiet() -> Iterator[None]:
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
+# %% ../nbs/22_teacher.ipynb #2319f11d
 def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
     "What transformers is asked for, and how: a folder, or a model of the hub."
     name = str(source)
@@ -167,7 +155,7 @@ def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-# %% ../nbs/22_teacher.ipynb #93d79e8f
+# %% ../nbs/22_teacher.ipynb #bef4301a
 def _describe(source: str, config: PreTrainedConfig) -> dict[str, int]:
     try:
         return read_teacher(config)
@@ -177,7 +165,7 @@ def _describe(source: str, config: PreTrainedConfig) -> dict[str, int]:
 def _load(source: str, precision: str, device, memory: int | None) -> PreTrainedModel:
     place, how = _place(source)
     how |= {"trust_remote_code": False}
-    with _quiet():
+    with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(place, **how)
             _describe(source, config)
