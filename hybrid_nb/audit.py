@@ -13,7 +13,7 @@ __all__ = ['ABOUT', 'FACTOR', 'HOLDS', 'FAILS', 'OPEN', 'VERDICTS', 'PEERS', 'NA
            'counts_table', 'claims_table', 'settings_table', 'first_lines', 'failures', 'unknowns', 'draw_audit',
            'plot_audit', 'bundle', 'stored_audit', 'recompute']
 
-# %% ../nbs/32_audit.ipynb #005f888a
+# %% ../nbs/32_audit.ipynb #20d3ea1d
 import inspect
 import math
 import re
@@ -48,7 +48,7 @@ from .hybrid import DOCUMENT_TOTALS
 from .orthogonal import generate_orthogonal_matrix
 from .pipeline import report_problem, shown_result
 from .projector import KVDimensionProjector, recommend
-from .report import BLUE, GREY, LEVELS, RED, Picture, Table
+from .report import BLUE, GREY, LEVELS, RED, Picture, Table, as_results, check_bundle
 from .runs import BAD_DATA, RunError
 from .srte import SRTE, sincos_frequencies
 from .study import part_params, stored_study, t_interval
@@ -973,7 +973,7 @@ def plot_audit(findings: list[Finding]) -> Picture:
         says.append(f"document {document}: " + ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS))
     return Picture(draw_audit(findings), "; ".join(says))
 
-# %% ../nbs/32_audit.ipynb #50b08e85
+# %% ../nbs/32_audit.ipynb #01df4fcd
 SCHEMA = 1  # of a bundle
 
 def bundle(measurements: dict[str, Measurement], documents: str = "all") -> dict[str, Any]:  # JSON-serialisable
@@ -983,8 +983,7 @@ def bundle(measurements: dict[str, Measurement], documents: str = "all") -> dict
 
 def stored_audit(stored: dict[str, Any]) -> list[Finding]:
     "The findings out of a bundle."
-    if stored.get("kind") != "audit" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'audit', {SCHEMA}")
+    check_bundle(stored, "audit", SCHEMA)
     found = {key: Measurement(as_span(m["span"]), m["report"], m["scale"]) for key, m in stored["measurements"].items()}
     return audit(found, stored["documents"])
 
@@ -999,5 +998,4 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     tables = {"counts": counts_table(findings), "settings": settings_table(documents)}
     tables |= {d: claims_table(findings, d) for d in dict.fromkeys(f.claim.document for f in findings)}
     because = [sentence(f) for f in findings if f.verdict == FAILS]
-    return {"headline": found, "summary": found, "verdict": word, "because": because,
-            "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(found, {"verdict": word, "because": because}, tables)

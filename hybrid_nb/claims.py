@@ -11,7 +11,7 @@ __all__ = ['TEACHERS', 'TARGETS', 'RANK', 'NOISE', 'ACTIVATIONS', 'RIDGES', 'SIZ
            'draw_losses', 'plot_losses', 'draw_norms', 'plot_norms', 'draw_unseen', 'plot_unseen', 'bundle',
            'stored_claims', 'recompute']
 
-# %% ../nbs/28_claims.ipynb #a3eaee5a
+# %% ../nbs/28_claims.ipynb #f4bdb8cc
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +29,7 @@ from .benchmark import allocated, find_device, race
 from .config import ConfigError, closest
 from .freeze import judge_region
 from .projector import ElasticBottleneck, init_linear
-from .report import BLUE, GREY, RED, Picture, Table
+from .report import BLUE, GREY, RED, Picture, Table, as_results, check_bundle
 from .study import ALPHA, spread, t_interval
 
 # %% ../nbs/28_claims.ipynb #a5a9cce5
@@ -568,7 +568,7 @@ def plot_unseen(table: Records) -> Picture:
             for view in VIEWS for arm in (*COLORS, "best linear")]
     return Picture(draw_unseen(table), "; ".join(says))
 
-# %% ../nbs/28_claims.ipynb #3cfb228b
+# %% ../nbs/28_claims.ipynb #250765ab
 SCHEMA = 1  # of a bundle
 
 def _short(value: Any) -> Any:
@@ -599,8 +599,7 @@ def stored_claims(stored: dict[str, Any]) -> list[Claim]:
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     "Headline, verdict and tables, from a bundle alone."
-    if stored.get("kind") != "projector" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'projector', {SCHEMA}")
+    check_bundle(stored, "projector", SCHEMA)
     table, claims = Records(stored["records"]), stored_claims(stored)
     words = [c.verdict for c in claims]
     count = {word: words.count(word) for word in ("PASS", "FAIL", "INCONCLUSIVE")}
@@ -613,5 +612,4 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     headline |= {f"loss, {arm}": float(f"{np.mean(table.values('stated', arm, 'loss')):.4g}") for arm in RATIOS}
     tables = {part: arms_table(table, part) for part in experiments()}
     tables |= {"costs": costs_table(stored["costs"]), "claims": claims_table(claims)}
-    return {"headline": headline, "summary": headline, "verdict": word, "because": because,
-            "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(headline, {"verdict": word, "because": because}, tables)

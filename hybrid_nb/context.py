@@ -8,7 +8,7 @@ __all__ = ['WAYS', 'NAMED', 'BINS', 'SCHEMA', 'stretch', 'text_windows', 'positi
            'draw_positions', 'plot_positions', 'verdict', 'bundle', 'stored_reading', 'run_table', 'verdict_table',
            'recompute', 'results']
 
-# %% ../nbs/25_context.ipynb #9fe936ab
+# %% ../nbs/25_context.ipynb #075b57b1
 import copy
 import math
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ from torch import Tensor
 from .config import ConfigError, HybridConfig
 from .data import Shards, prepare
 from .decoder import DecoderForCausalLM
-from .report import GREY, Picture, Table
+from .report import GREY, Picture, Table, as_results, because_table, check_bundle, overall
 from .runs import BAD_DATA, Run, RunError, io_errors
 from .study import ALPHA, MARGIN, PALETTE, PASSING, Paired, paired, spread, t_interval
 
@@ -271,7 +271,7 @@ def plot_positions(r: Reading) -> Picture:
     last = {s: ", ".join(f"{way} {_ppl(r.of(way, s)[:, -1].mean()):.4g}" for way in ("sliding", *WAYS)) for s in r.factors}
     return Picture(draw_positions(r), "PPL at the end of " + "; ".join(f"{s * r.trained} positions: {text}" for s, text in last.items()))
 
-# %% ../nbs/25_context.ipynb #d8d2202a
+# %% ../nbs/25_context.ipynb #3cf22572
 SCHEMA = 1  # of a bundle
 
 def verdict(r: Reading) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
@@ -287,8 +287,7 @@ def verdict(r: Reading) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUS
         d = {way: compare_way(r, way, s).mean for way in WAYS}
         best = min(d, key=d.get)
         because.append(f"factor {s}: least is lost by {best}, d {d[best]:+.4f} nats; RoPE as trained: {d['default']:+.4f}")
-    word = "FAIL" if "FAIL" in words else "PASS" if {*words} == {"PASS"} else "INCONCLUSIVE"
-    return {"verdict": word, "because": because}
+    return {"verdict": overall(words), "because": because}
 
 def bundle(r: Reading) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of a reading."
@@ -298,8 +297,7 @@ def bundle(r: Reading) -> dict[str, Any]:  # JSON-serialisable
 
 def stored_reading(stored: dict[str, Any]) -> Reading:
     "The reading out of a bundle."
-    if stored.get("kind") != "context" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'context', {SCHEMA}")
+    check_bundle(stored, "context", SCHEMA)
     losses = {(e["way"], e["factor"]): np.array(e["nats"]) for e in stored["losses"]}
     return Reading(stored["run"], stored["trained"], tuple(stored["factors"]), losses, stored["margin"], stored["alpha"])
 
@@ -312,8 +310,7 @@ def run_table(r: Reading) -> Table:
 
 def verdict_table(r: Reading) -> Table:
     "The verdict and its reasons."
-    found = verdict(r)
-    return Table([{"verdict": "" if i else found["verdict"], "because": why} for i, why in enumerate(found["because"])])
+    return because_table(verdict(r))
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     "Headline, verdict and tables, from a bundle alone."
@@ -322,7 +319,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     says = {name: f"{p.word}, d {p.mean:+.4f} ({_interval(p)})" for name, p in named.items()}
     head = {"trained positions": r.trained, "windows": len(next(iter(r.losses.values())))} | says
     tables = {"run": run_table(r), "ways": ways_table(r), "positions": positions_table(r), "verdict": verdict_table(r)}
-    return {"headline": head, "summary": head, **verdict(r), "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(head, verdict(r), tables)
 
 def results(r: Reading) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a reading."

@@ -9,7 +9,7 @@ __all__ = ['Lesson', 'SCHEMA', 'student_shape', 'check_student', 'Distillation',
            'teachers_table', 'parts_table', 'cost_table', 'verdict_table', 'draw_parts', 'plot_parts', 'bundle',
            'recompute', 'results']
 
-# %% ../nbs/23_distill.ipynb #97842296
+# %% ../nbs/23_distill.ipynb #d4abda73
 import hashlib
 import json
 import math
@@ -40,7 +40,7 @@ from hybrid_nb.projector import (
     position_weights,
     read_teacher,
 )
-from .report import Picture, Table
+from .report import Picture, Table, as_results, check_bundle, overall
 from .runs import BAD_DATA, RunError, write_json
 from .study import Comparison, Study
 from .teacher import KVStore, Reader, Rows, Tap, Teacher, extract, load_teacher, projections, window_rows
@@ -315,7 +315,7 @@ def untrained(
     publish(Path(folder), fill)
     return Path(folder)
 
-# %% ../nbs/23_distill.ipynb #897d3880
+# %% ../nbs/23_distill.ipynb #f5f9b31b
 SCHEMA = 1  # of a bundle
 
 def teacher_facts(
@@ -350,10 +350,8 @@ def verdict_of(c: Comparison) -> tuple[str, str]:  # PASS, FAIL or INCONCLUSIVE;
 def verdict(study: Study) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
     "Whether distillation helped, by the arms that make a claim."
     claims = {c.arm: (verdict_of(c), c) for c in study.comparisons() if c.arm in study.plan.claims}
-    words = {word for (word, _), _ in claims.values()}
-    word = "FAIL" if "FAIL" in words else "PASS" if words == {"PASS"} else "INCONCLUSIVE"
     because = [f"{arm}: {says}: {_interval(c)}" for arm, ((_, says), c) in claims.items()]
-    return {"verdict": word, "because": because or ["no arm makes a claim"]}
+    return {"verdict": overall(word for (word, _), _ in claims.values()), "because": because or ["no arm makes a claim"]}
 
 def _interval(c: Comparison) -> str:
     p = c.paired
@@ -453,15 +451,14 @@ def plot_parts(study: Study, arm: str) -> Picture:
     says = [f"{key} {mse / power:.3g}" for key, (mse, _, power) in (last[0] if last else {}).items() if power]
     return Picture(draw_parts(study, arm), f"{arm}, error over power at the end: {', '.join(says) or 'no records'}")
 
-# %% ../nbs/23_distill.ipynb #e242be49
+# %% ../nbs/23_distill.ipynb #82cb1a2f
 def bundle(study: Study, facts: list[dict[str, Any]]) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of a distillation."
     return {"schema": SCHEMA, "kind": "distill", "info": {"status": study.status}, "teachers": facts, "study": studies.bundle(study)}
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     "Headline, verdict and tables, from a bundle alone."
-    if stored.get("kind") != "distill" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'distill', {SCHEMA}")
+    check_bundle(stored, "distill", SCHEMA)
     study = studies.stored_study(stored["study"])
     tables = {"teachers": teachers_table(stored["teachers"], study), "parts": parts_table(study), "cost": cost_table(study),
               "verdict": verdict_table(study), "arms": studies.arms_table(study), "pairs": studies.pairs_table(study),
@@ -469,7 +466,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     done = sum(e.outcome[0] == "done" for e in study.entries)
     found = {"baseline": study.plan.baseline, "seeds": len(study.plan.seeds), "runs done": f"{done} of {len(study.entries)}"}
     found |= {c.arm: f"{verdict_of(c)[1]}, {_interval(c)}" for c in study.comparisons()}
-    return {"headline": found, "summary": found, **verdict(study), "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(found, verdict(study), tables)
 
 def results(study: Study, facts: list[dict[str, Any]]) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a distillation."

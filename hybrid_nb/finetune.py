@@ -9,7 +9,7 @@ __all__ = ['UNCALLED', 'FREE', 'SCHEMA', 'linear_maps', 'adapter_size', 'find_ta
            'learned_table', 'price_table', 'answers_table', 'draw_price', 'plot_price', 'verdict', 'verdict_table',
            'bundle', 'recompute', 'results']
 
-# %% ../nbs/26_finetune.ipynb #4ddd2e15
+# %% ../nbs/26_finetune.ipynb #fcfc0dd5
 import hashlib
 import importlib
 import json
@@ -36,7 +36,7 @@ from .data import END, Document, TokenData, corpus, load_tokenizer, prepare, pub
 from .decoder import DecoderForCausalLM, DecoderPreTrainedModel
 from .evaluate import evaluate, sample_text
 from .hybrid import make_model
-from .report import GREY, Picture, Table
+from .report import GREY, Picture, Table, as_results, because_table, check_bundle
 from .runs import BAD_DATA, Run, RunError, checkpoints, io_errors, write_json
 from .study import PALETTE, Arm, Study
 from .teacher import Teacher, load_teacher
@@ -485,7 +485,7 @@ def plot_price(study: Study) -> Picture:
     says = [f"{arm} {math.exp(min(_ends(study, arm)[1], 700)):.4g}" for arm in _done(study)]
     return Picture(draw_price(study), f"PPL of the answers: {', '.join(says) or 'no run is done'}")
 
-# %% ../nbs/26_finetune.ipynb #2d22fc6e
+# %% ../nbs/26_finetune.ipynb #ca23705f
 SCHEMA = 1  # of a bundle
 
 def verdict(study: Study) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
@@ -497,8 +497,7 @@ def verdict(study: Study) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCL
 
 def verdict_table(study: Study) -> Table:
     "The verdict and its reasons."
-    found = verdict(study)
-    return Table([{"verdict": "" if i else found["verdict"], "because": why} for i, why in enumerate(found["because"])])
+    return because_table(verdict(study))
 
 def bundle(study: Study, told: list[dict[str, Any]]) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of a fine-tuning."
@@ -506,14 +505,13 @@ def bundle(study: Study, told: list[dict[str, Any]]) -> dict[str, Any]:  # JSON-
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     "Headline, verdict and tables, from a bundle alone."
-    if stored.get("kind") != "finetune" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'finetune', {SCHEMA}")
+    check_bundle(stored, "finetune", SCHEMA)
     study, told = studies.stored_study(stored["study"]), stored["outcomes"]
     tables = {"learned": learned_table(study, told), "price": price_table(study, told), "answers": answers_table(told),
               "verdict": verdict_table(study), "arms": studies.arms_table(study), "pairs": studies.pairs_table(study),
               "runs": studies.runs_table(study)}
     found = studies.results(study)["summary"]
-    return {"headline": found, "summary": found, **verdict(study), "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(found, verdict(study), tables)
 
 def results(study: Study, told: list[dict[str, Any]]) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a fine-tuning."

@@ -9,7 +9,7 @@ __all__ = ['DEEP', 'WIDE', 'SPIKE', 'BEFORE', 'COLORS', 'SCHEMA', 'scaled_shape'
            'pairs_table', 'findings_table', 'notes_table', 'draw_choice', 'plot_choice', 'draw_sizes', 'plot_sizes',
            'verdict', 'bundle', 'stored_experiment', 'recompute', 'results']
 
-# %% ../nbs/30_foundation.ipynb #ff279478
+# %% ../nbs/30_foundation.ipynb #c9c3ebfa
 import math
 import statistics
 from collections.abc import Iterable
@@ -28,8 +28,8 @@ from . import study as studies
 from .account import active_params, count_params, flops_per_token
 from .benchmark import Contender, make_step, race
 from .config import Config, ConfigError, HybridConfig, get_config, override
-from .freeze import Finding, judge_region
-from .report import BLUE, GREY, RED, Picture, StoredRun, Table
+from .freeze import Finding, judge_all, judge_region
+from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle
 from .runs import Run, in_checkout, load_run
 from .study import ALPHA, MARGIN, Arm, Comparison, Study, t_interval
 from .train import resolve
@@ -438,15 +438,12 @@ def plot_sizes(e: Experiment) -> Picture:
     says = [f"{f.name}: d {f.mean:+.4f} ({f.verdict})" for size in e.design.sizes if (f := judge_experts(e, size)).d]
     return Picture(draw_sizes(e), "; ".join(says) or "no pair is done")
 
-# %% ../nbs/30_foundation.ipynb #9fe314d3
+# %% ../nbs/30_foundation.ipynb #245b7ee5
 SCHEMA = 1  # of a bundle
 
-def verdict(e: Experiment) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
+def verdict(e: Experiment) -> dict[str, Any]:
     "The verdict over what the document chooses and advises."
-    found = findings(e)
-    words = {f.verdict for f in found if f.decides}
-    word = "FAIL" if "FAIL" in words else "PASS" if words == {"PASS"} else "INCONCLUSIVE"
-    return {"verdict": word, "because": [f"{f.name}: {f.verdict}: {text}" for f in found for text in (f.measured, *f.why) if text]}
+    return judge_all(findings(e))
 
 def bundle(e: Experiment) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of an experiment."
@@ -455,8 +452,7 @@ def bundle(e: Experiment) -> dict[str, Any]:  # JSON-serialisable
 
 def stored_experiment(stored: dict[str, Any]) -> Experiment:
     "The experiment out of a bundle."
-    if stored.get("kind") != "foundation" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'foundation', {SCHEMA}")
+    check_bundle(stored, "foundation", SCHEMA)
     design = Design(**stored["design"] | {"sizes": tuple(stored["design"]["sizes"])})
     return Experiment(studies.stored_study(stored["study"]), design, stored["stability"], stored["seconds"])
 
@@ -469,7 +465,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     head = {"seeds": len(plan.seeds), "runs done": f"{done} of {len(plan.arms) * len(plan.seeds)}"}
     head |= {f.name: f"{f.verdict}, d {f.mean:+.4f}" + (f" ({f.interval[0]:+.4f} to {f.interval[1]:+.4f})" if f.interval else "")
              if f.d else f.verdict for f in findings(e)}
-    return {"headline": head, "summary": head, **verdict(e), "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(head, verdict(e), tables)
 
 def results(e: Experiment) -> dict[str, Any]:
     "What `recompute` gives for the bundle of an experiment."

@@ -8,9 +8,10 @@ __all__ = ['ARMS', 'CLAIMS', 'DOCUMENT_TOTAL', 'DOCUMENT_FROZEN', 'ABOUT_15', 'Q
            'convergence', 'Analysis', 'analyze', 'params_table', 'layers_table', 'progress_table', 'efficiency_table',
            'judge_region', 'Claim', 'Finding', 'judge_parameters', 'judge_claim', 'findings', 'hypotheses_table',
            'reasons_table', 'claims_table', 'questions_table', 'gap_table', 'draw_tradeoff', 'plot_tradeoff',
-           'plot_speed', 'plot_target', 'verdict', 'bundle', 'stored_analysis', 'recompute', 'results', 'demonstrate']
+           'plot_speed', 'plot_target', 'judge_all', 'verdict', 'bundle', 'stored_analysis', 'recompute', 'results',
+           'demonstrate']
 
-# %% ../nbs/21_freeze.ipynb #3cead313
+# %% ../nbs/21_freeze.ipynb #72d39e9c
 import math
 import os
 import re
@@ -27,7 +28,7 @@ from scipy import stats
 from . import study as studies
 from .account import Params, param_rows
 from .config import Config, ConfigError, HybridConfig, closest, get_config
-from .report import GREY, Picture, StoredRun, Table
+from .report import GREY, Picture, StoredRun, Table, as_results, check_bundle, overall
 from .runs import BAD_DATA, Run, RunError, in_checkout
 from .study import ALPHA, MARGIN, PALETTE, Arm, Comparison, Study, compare, spread, t_interval
 
@@ -557,15 +558,19 @@ def plot_target(a: Analysis) -> Picture:
     axis = "minutes of training to " + (f"validation perplexity {a.target:.4g}" if a.target else "the target: no run is done")
     return Picture(_draw_dots(a, times, axis, "{:.3g} minutes", missing), "; ".join(says))
 
-# %% ../nbs/21_freeze.ipynb #936abba7
+# %% ../nbs/21_freeze.ipynb #da45fb16
 SCHEMA = 1  # of a bundle
 
-def verdict(a: Analysis) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
+def judge_all(
+    found: list[Finding],
+) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
+    "The verdict over all that decides."
+    because = [f"{f.name}: {f.verdict}: {text}" for f in found for text in (f.measured, *f.why) if text]
+    return {"verdict": overall(f.verdict for f in found if f.decides), "because": because}
+
+def verdict(a: Analysis) -> dict[str, Any]:
     "The verdict over all hypotheses."
-    found = findings(a)
-    words = {f.verdict for f in found if f.decides}
-    word = "FAIL" if "FAIL" in words else "PASS" if words == {"PASS"} else "INCONCLUSIVE"
-    return {"verdict": word, "because": [f"{f.name}: {f.verdict}: {text}" for f in found for text in (f.measured, *f.why) if text]}
+    return judge_all(findings(a))
 
 def bundle(a: Analysis) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of an analysis."
@@ -573,8 +578,7 @@ def bundle(a: Analysis) -> dict[str, Any]:  # JSON-serialisable
 
 def stored_analysis(stored: dict[str, Any]) -> Analysis:
     "The analysis out of a bundle."
-    if stored.get("kind") != "qk-freeze" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'qk-freeze', {SCHEMA}")
+    check_bundle(stored, "qk-freeze", SCHEMA)
     return Analysis(studies.stored_study(stored["study"]), stored["target"])
 
 def _headline(a: Analysis) -> dict[str, Any]:
@@ -591,7 +595,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
               "runs": studies.runs_table(a.study), "arms": studies.arms_table(a.study), "pairs": studies.pairs_table(a.study),
               "against the baseline": studies.tests_table(a.study)}
     found = _headline(a)
-    return {"headline": found, "summary": found, **verdict(a), "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(found, verdict(a), tables)
 
 def results(a: Analysis) -> dict[str, Any]:
     "What `recompute` gives for the bundle of an analysis."

@@ -12,7 +12,7 @@ __all__ = ['RESULT_MIME', 'app', 'LOSS_TOLERANCE', 'Parameter', 'declared', 'adm
            'preset_rows', 'presets', 'plan_text', 'plan', 'doctor_rows', 'doctor', 'sample_run', 'sample',
            'read_result', 'verify_quick', 'hardware_key', 'compare_runs', 'verify_replay', 'verify', 'main']
 
-# %% ../nbs/18_pipeline.ipynb #75761ab5
+# %% ../nbs/18_pipeline.ipynb #fcd7f5fe
 import ast
 import atexit
 import base64
@@ -52,6 +52,7 @@ from hybrid_nb.runs import (
     check_name,
     check_space,
     checkout,
+    in_checkout,
     io_errors,
     load_run,
     replace_file,
@@ -520,7 +521,7 @@ def notebook_text(
     json.loads(text, parse_constant=refuse)
     return text
 
-# %% ../nbs/18_pipeline.ipynb #a7e9c6ae
+# %% ../nbs/18_pipeline.ipynb #1ab1dce4
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --dim: #59636e; --line: #d1d9e0; --wash: #f6f8fa;
   --link: #0969da; --word: #8250df; --text: #0a3069; --number: #0550ae; --bad: #b42318; --good: #1a7f37; }
@@ -546,6 +547,10 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child, .index td, .index th { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); }
 .index .n { text-align: right; }
+.head { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .1rem 1rem; padding: .6rem .9rem;
+        border: 1px solid var(--line); border-radius: 6px; font-size: .92em; }
+.head dt { color: var(--dim); }
+.head dd { margin: 0; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 .output_stderr pre { color: var(--dim); }
 .output_error pre { border-left: 3px solid var(--bad); }
@@ -636,36 +641,51 @@ def notebook_title(
     found = (re.search(r"^#+\s+(.+)$", c.source, re.M) for c in nb.cells if c.cell_type == "markdown")
     return next((m[1].strip() for m in found if m), default)
 
-# %% ../nbs/18_pipeline.ipynb #549dde60
+# %% ../nbs/18_pipeline.ipynb #a4af0f07
+def _result(nb) -> dict[str, Any] | None:
+    "The result that a notebook carries; None where there is none, or none that could be read."
+    about = nb.metadata.get("hybrid_nb")
+    result = about.get("result") if isinstance(about, dict) else None
+    return result if result_problem(result) is None else None
+
+def _head(nb) -> str:
+    "The verdict of a report and its numbers as HTML; empty for a notebook that holds no result."
+    result = _result(nb)
+    if result is None:
+        return ""
+    verdict, numbers = result["verdict"], {k: _number_text(v) for k, v in result["headline"].items() if v is not None}
+    rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in numbers.items())
+    return f'<dl class="head"><dt>verdict</dt><dd><span class="{verdict}">{verdict}</span></dd>{rows}</dl>'
+
 def export_html(
     nb_path: Path,  # an executed notebook
 ) -> Path:  # the page beside it
-    "Writes a notebook as one HTML file without scripts and addresses."
+    "Writes a notebook as one HTML file without scripts and addresses, the verdict of a report under its title."
     import nbformat
 
     nb_path = Path(nb_path)
     nb = redact_all(nbformat.read(nb_path, as_version=4), nb_path.absolute().parent.parent)
     links = f'<nav><a href="index.html">all reports</a> &middot; <a href="{nb_path.name}">notebook</a></nav>'
+    title, rest, body = harmless(_body(nb)).partition("</h1>")
     target = nb_path.with_suffix(".html")
     with io_errors(f"cannot write {target.name}"):
-        replace_file(target, page(notebook_title(nb, nb_path.stem), f"{links}\n{harmless(_body(nb))}").encode())
+        body = f"{title}{rest}\n{_head(nb)}\n{body}" if rest else f"{_head(nb)}\n{title}"
+        replace_file(target, page(notebook_title(nb, nb_path.stem), f"{links}\n{body}").encode())
     return target
 
-# %% ../nbs/18_pipeline.ipynb #f9b850a2
+# %% ../nbs/18_pipeline.ipynb #dfba2554
 def _report_row(path: Path) -> dict[str, Any] | None:
     "What the index says of one notebook; None where it is neither a report nor a failed one."
     import nbformat
 
     try:
         nb = nbformat.read(path, as_version=4)
-        about = nb.metadata.get("hybrid_nb")
-        result = about.get("result") if isinstance(about, dict) else None
-        row = {"path": path, "title": notebook_title(nb, path.stem)}
+        row, result = {"path": path, "title": notebook_title(nb, path.stem)}, _result(nb)
     except (OSError, ValueError, AttributeError):
         return None
     if path.stem.endswith(".FAILED"):
         return row | {"pipeline": "", "subject": path.stem, "verdict": "FAILED", "headline": {}}
-    return row | result if result_problem(result) is None else None
+    return row | result if result else None
 
 def read_reports(
     reports: str | Path,  # folder
@@ -1185,9 +1205,9 @@ def _columns(
     lines = ([side(c, w) for c, w, side in zip(line, widths, sides, strict=True)] for line in cells)
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
-# %% ../nbs/18_pipeline.ipynb #9d354ee4
+# %% ../nbs/18_pipeline.ipynb #82160fe8
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="""Re-runnable research on language-model architecture.
 
 \b
@@ -1395,7 +1415,7 @@ def sample_run(
             weight.copy_(found.groups["model"][name])
     return sample_text(model, tokenizer, **options)
 
-# %% ../nbs/18_pipeline.ipynb #539ef933
+# %% ../nbs/18_pipeline.ipynb #ef0c830e
 @app.command()
 def sample(
     run: Annotated[str, typer.Argument(help="A run's name in runs/, or its folder.")],
@@ -1410,7 +1430,7 @@ def sample(
 \b
 hnb sample train-smoke-s0-1a2b3c --prompt "Once" --tokens 50
 """
-    path = Path(run) if (Path(run) / "run.json").is_file() else checkout() / "runs" / run
+    path = Path(run) if len(Path(run).parts) > 1 or (Path(run) / "run.json").is_file() else in_checkout("runs") / run
     print(prompt + sample_run(path, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
 
 # %% ../nbs/18_pipeline.ipynb #94530b0b
@@ -1538,11 +1558,11 @@ hnb verify reports/train-smoke-0a1b2c.ipynb --replay
         if wanted:
             print(check(report))
 
-# %% ../nbs/18_pipeline.ipynb #6b325f81
+# %% ../nbs/18_pipeline.ipynb #a3339f01
 def main():
     "The `hnb` command."
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except KeyboardInterrupt:
         _leave(RunError("interrupted", STOPPED), "hnb")
     except (OSError, ValueError) as error:

@@ -7,10 +7,10 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
            'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
-           'alarms', 'alarm_table', 'tolerance', 'verdict', 'verdict_table', 'bundle', 'StoredRun', 'recompute',
-           'results', 'progress_line', 'LiveReport']
+           'alarms', 'alarm_table', 'tolerance', 'verdict', 'because_table', 'verdict_table', 'bundle', 'StoredRun',
+           'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'progress_line', 'LiveReport']
 
-# %% ../nbs/17_report.ipynb #8759ad72
+# %% ../nbs/17_report.ipynb #7f9d75c2
 import html
 import io
 import json
@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,20 +31,20 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from hybrid_nb.account import (
-                               GIB,
-                               GPUS,
-                               ParamRow,
-                               RunPlan,
-                               count_params,
-                               flops_per_token,
-                               mfu,
-                               param_rows,
-                               plan_rows,
-                               run_flops,
-                               run_tokens,
-                               total_memory,
+    GIB,
+    GPUS,
+    ParamRow,
+    RunPlan,
+    count_params,
+    flops_per_token,
+    mfu,
+    param_rows,
+    plan_rows,
+    run_flops,
+    run_tokens,
+    total_memory,
 )
-from .config import Config, asdict, from_dict
+from .config import Config, ConfigError, asdict, from_dict
 from .runs import check_name, in_checkout, load_run, run_name
 from .train import lr_at
 
@@ -485,7 +486,7 @@ def _open_questions(found: dict) -> list[str]:
     missing = [n for n in ("val_loss", "unigram_nats") if found[n] is None]
     return opens + [f"{name} is unknown" for name in missing]
 
-# %% ../nbs/17_report.ipynb #8b4f893d
+# %% ../nbs/17_report.ipynb #06a73200
 def verdict(run) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
     "Whether the model has learned, by the threshold that was fixed before."
     found = headline(run)
@@ -499,10 +500,15 @@ def verdict(run) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'b
     failed = fails or not (opens or val < unigram)
     return {"verdict": "FAIL" if failed else "INCONCLUSIVE" if opens else "PASS", "because": fails + opens + says}
 
-def verdict_table(run) -> Table:
-    "The verdict and its reasons."
-    found = verdict(run)
+def because_table(
+    found: dict[str, Any],  # 'verdict' and 'because'
+) -> Table:
+    "A verdict and its reasons."
     return Table([{"verdict": "" if i else found["verdict"], "because": why} for i, why in enumerate(found["because"])])
+
+def verdict_table(run) -> Table:
+    "The verdict on a run and its reasons."
+    return because_table(verdict(run))
 
 # %% ../nbs/17_report.ipynb #752e17f0
 SCHEMA = 1  # of a bundle
@@ -530,7 +536,34 @@ class StoredRun:
         columns = self.columns.get(kind, {})
         return [{"kind": kind} | dict(zip(columns, r, strict=True)) for r in zip(*columns.values(), strict=True)]
 
-# %% ../nbs/17_report.ipynb #9c88ea55
+# %% ../nbs/17_report.ipynb #cd5e07fe
+def check_bundle(
+    stored: dict[str, Any],  # a bundle
+    kind: str,  # as it names itself
+    schema: int,
+):
+    "Refuse a bundle of another kind or schema."
+    if (stored.get("kind"), stored.get("schema")) != (kind, schema):
+        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads {kind!r}, {schema}")
+
+def overall(
+    verdicts: Iterable[str],  # PASS, FAIL or INCONCLUSIVE, each of a claim
+) -> str:
+    "FAIL where one claim fails, PASS where there are claims and all pass, else INCONCLUSIVE."
+    words = set(verdicts)
+    return "FAIL" if "FAIL" in words else "PASS" if words == {"PASS"} else "INCONCLUSIVE"
+
+def as_results(
+    headline: dict[str, Any],
+    found: dict[str, Any],  # 'verdict' and 'because'
+    tables: dict[str, Table],
+    summary: dict[str, Any] | None = None,  # for a list of reports; None: the headline
+) -> dict[str, Any]:  # JSON-serialisable
+    "What a report says: headline, verdict and tables, cell by cell."
+    return {"headline": headline, "summary": headline if summary is None else summary, **found,
+            "tables": {name: [table.columns, *table.cells] for name, table in tables.items()}}
+
+# %% ../nbs/17_report.ipynb #df08965f
 SUMMARY = ("val_ppl", "floor_ppl", "tokens", "params", "steps_done", "tokens_per_s", "mfu", "precision")
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
@@ -542,8 +575,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
               "provenance": provenance_table(run)}
     tables |= {"gates": gate_table(run)} if run.records("gates") else {}
     tables |= {"routing": routing_table(run)} if run.records("routing") else {}
-    return {"headline": found, "summary": {name: found[name] for name in SUMMARY}, **verdict(run),
-            "tables": {name: [table.columns, *table.cells] for name, table in tables.items()}}
+    return as_results(found, verdict(run), tables, {name: found[name] for name in SUMMARY})
 
 def results(run) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a run."

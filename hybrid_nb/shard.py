@@ -8,7 +8,7 @@ __all__ = ['MODES', 'BY_OUTPUT', 'BY_INPUT', 'TOLERANCE', 'STATED', 'HOLDS', 'ch
            'run_trials', 'gap', 'trial_table', 'move', 'sbatch_script', 'narrow_foundation', 'Checkpointing',
            'measure_checkpointing', 'checkpointing_table', 'bundle', 'fallback_table', 'recompute', 'main']
 
-# %% ../nbs/27_shard.ipynb #fc190269
+# %% ../nbs/27_shard.ipynb #21fd638f
 import argparse
 import json
 import math
@@ -53,7 +53,7 @@ from hybrid_nb.config import (
 from .decoder import checkpoint_activations
 from .hybrid import make_model
 from .orthogonal import seeded_weights
-from .report import Table
+from .report import Table, as_results
 from .runs import BAD_DATA, RunError, claim_folder, forget_after, latest_checkpoint, load_run, save_checkpoint
 from .study import t_interval
 from .train import World, fast_float32, join_world, leave, make_optimizer, update
@@ -509,7 +509,7 @@ def checkpointing_table(found: Checkpointing) -> Table:
             ("activations by the plan", " and ".join(f"{parts['activations'] / 1e6:,.0f}" for parts in planned.values()) + " MB")]
     return Table(pd.DataFrame(rows, columns=["what", "found"]))
 
-# %% ../nbs/27_shard.ipynb #11ed0e36
+# %% ../nbs/27_shard.ipynb #be809f9f
 def bundle(
     config: Config,  # of the trials
     planned: Config,  # of the layouts
@@ -546,8 +546,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
                "checkpointing costs": f"{mean:.1%}", "document": f"{STATED:.0%}, {found.verdict}"}
     tables = {"layouts": layout_table(planned, stored["processes"]), "trials": seen, "checkpointing": checkpointing_table(found),
               "fallback": fallback_table(planned)}
-    return {"headline": headline, "summary": headline, "verdict": "PASS" if equal else "FAIL", "because": because,
-            "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    return as_results(headline, {"verdict": "PASS" if equal else "FAIL", "because": because}, tables)
 
 # %% ../nbs/27_shard.ipynb #4bbd1559
 def main(argv: list[str] | None = None):

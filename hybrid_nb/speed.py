@@ -7,8 +7,9 @@ __all__ = ['ARMS', 'AIM', 'SKIPPED', 'PARTS', 'allowed_ratio', 'skipped_work', '
            'speed_table', 'time_parts', 'parts_table', 'profile_ops', 'ops_table', 'draw_parts', 'plot_parts',
            'traffic_table', 'bundle', 'recompute']
 
-# %% ../nbs/29_speed.ipynb #b8e4ae48
+# %% ../nbs/29_speed.ipynb #30da1f5b
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from .account import count_params, flops_per_token
 from .benchmark import Contender, make_step, race
 from .config import Config, ConfigError, HybridConfig, asdict, from_dict, get_config
 from .decoder import make_decoder
-from .report import Picture, Table
+from .report import Picture, Table, as_results
 from .train import DTYPES, fast_float32, make_optimizer
 
 # %% ../nbs/29_speed.ipynb #1243e4aa
@@ -185,7 +186,7 @@ def parts_table(parts: pd.DataFrame) -> Table:
     table.loc["all"] = table.sum()
     return Table(table.rename_axis("part").reset_index(), {name: "{:.2f}" for name in table.columns})
 
-# %% ../nbs/29_speed.ipynb #8d7d833c
+# %% ../nbs/29_speed.ipynb #f2ba3432
 def profile_ops(
     config: Config,
     precision: str = "bf16",
@@ -193,6 +194,7 @@ def profile_ops(
     most: int = 8,  # operations shown; the rest is one row
 ) -> pd.DataFrame:  # share of a step's time by operation, a column an arm
     "The operations of a step of B and of C."
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else reports its own start and end
     where, shares = torch.device(device), {}
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if where.type == "cuda" else [])
     for name, state in ARMS.items():
@@ -260,7 +262,7 @@ def traffic_table(config: Config) -> Table:
                      "frozen weights (MB)": 4 * p.frozen / 1e6})
     return Table(rows, dict.fromkeys(("gradients summed (MB)", "AdamW's state (MB)", "frozen weights (MB)"), "{:,.1f}"))
 
-# %% ../nbs/29_speed.ipynb #1a9d500f
+# %% ../nbs/29_speed.ipynb #38310285
 def bundle(config: Config, speed: Speed, parts: pd.DataFrame, ops: pd.DataFrame) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of a measurement."
     frames = {"turns": speed.turns, "parts": parts, "ops": ops}
@@ -275,6 +277,6 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     found = {"speed of C over B": f"{turns['B, trainable'].median() / turns['C, frozen'].median():.4f}",
              "saved over skipped": f"{speed.reached:.2f} ({low:.2f} to {high:.2f})", "rounds": len(turns)}
     tables = {"speed": speed_table(speed), "parts": parts_table(parts), "operations": ops_table(ops), "traffic": traffic_table(config)}
-    return {"headline": found, "summary": found, "verdict": speed.verdict,
-            "because": [f"C saves {speed.reached:.0%} of the time of the work that freezing skips (90 % interval {low:.0%} to {high:.0%}); "
-                        f"the aim is {AIM:.0%}"], "tables": {name: [t.columns, *t.cells] for name, t in tables.items()}}
+    because = [f"C saves {speed.reached:.0%} of the time of the work that freezing skips (90 % interval {low:.0%} to {high:.0%}); "
+               f"the aim is {AIM:.0%}"]
+    return as_results(found, {"verdict": speed.verdict, "because": because}, tables)

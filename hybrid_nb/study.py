@@ -11,7 +11,7 @@ __all__ = ['MARGIN', 'ALPHA', 'PASSING', 'SCHEMA', 'TRAIN_RECORDS', 'PALETTE', '
            'Trial', 'trials', 'worker_environment', 'Job', 'run_command', 'job_options', 'job_launcher', 'report_path',
            'has_report', 'study', 'LiveStudy']
 
-# %% ../nbs/20_study.ipynb #6191149c
+# %% ../nbs/20_study.ipynb #69fc570d
 import hashlib
 import math
 import os
@@ -37,7 +37,7 @@ from scipy import stats
 from .account import param_rows
 from .config import Config, ConfigError, closest, config_hash, override, to_yaml
 from .pipeline import read_result
-from .report import BLUE, GREY, RED, Picture, StoredRun, Table, progress_line
+from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle, overall, progress_line
 from .report import bundle as run_bundle
 from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, claim_folder, in_checkout, load_run
 from .train import stop_requests, train
@@ -336,7 +336,7 @@ def gather(
     return freeze(Study(plan, tuple(Entry(arm, seed, run.info["name"], run) for seed in seeds for arm, found in runs.items()
                                     if (run := found.get(seed)))))
 
-# %% ../nbs/20_study.ipynb #c91894f8
+# %% ../nbs/20_study.ipynb #ef67867f
 SCHEMA, TRAIN_RECORDS = 1, 40  # version of a bundle; records of training that it keeps of a run
 
 def _thin(stored: dict[str, Any]) -> dict[str, Any]:
@@ -363,8 +363,7 @@ def json_plan(plan: Plan) -> dict[str, Any]:
 
 def stored_study(stored: dict[str, Any]) -> Study:
     "The study out of a bundle; its runs are `StoredRun`s."
-    if stored.get("kind") != "study" or stored.get("schema") != SCHEMA:
-        raise ConfigError(f"bundle of kind {stored.get('kind')!r}, schema {stored.get('schema')!r}; this reads 'study', {SCHEMA}")
+    check_bundle(stored, "study", SCHEMA)
     plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["plan"].items()})
     runs = [r | {"run": r["run"] and StoredRun(r["run"])} for r in stored["runs"]]
     return Study(plan, tuple(Entry(**r) for r in runs))
@@ -454,7 +453,7 @@ def left_out_table(study: Study) -> Table:
             for c in study.comparisons() for seed, p in c.left_out.items()]
     return Table(rows, dict.fromkeys(("mean d", "from", "to"), _SIGNED))
 
-# %% ../nbs/20_study.ipynb #b8854c73
+# %% ../nbs/20_study.ipynb #2d7e0734
 def reasons(c: Comparison) -> list[str]:
     "Why a comparison has its verdict."
     says = [f"no pair of seed {seed}: {why}" for seed, why in c.lost.items()]
@@ -470,10 +469,8 @@ def reasons(c: Comparison) -> list[str]:
 def verdict(study: Study) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
     "PASS when every claim passes, FAIL when one fails."
     claims = [c for c in study.comparisons() if c.arm in study.plan.claims]
-    found = {c.verdict for c in claims}
-    word = "FAIL" if "FAIL" in found else "PASS" if found == {"PASS"} else "INCONCLUSIVE"
     because = [f"{c.arm}: {c.verdict}: {why}" for c in claims for why in reasons(c)]
-    return {"verdict": word, "because": because or ["no arm makes a claim"]}
+    return {"verdict": overall(c.verdict for c in claims), "because": because or ["no arm makes a claim"]}
 
 def verdict_table(study: Study) -> Table:
     "The verdict of each comparison, and why."
@@ -590,7 +587,7 @@ def plot_forest(study: Study) -> Picture:
     says = [f"{arm} {text}" for arm, text in _differences(study).items()]
     return Picture(draw_forest(study), "; ".join(says) or "nothing to compare")
 
-# %% ../nbs/20_study.ipynb #a13c7566
+# %% ../nbs/20_study.ipynb #5cd82fa9
 def _headline(study: Study) -> dict[str, Any]:
     "The numbers of a study to remember; each arm's difference in words."
     plan, done = study.plan, sum(e.outcome[0] == "done" for e in study.entries)
@@ -603,8 +600,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     tables = {"runs": runs_table(study), "pairs": pairs_table(study), "arms": arms_table(study), "tests": tests_table(study),
               "left out": left_out_table(study), "verdict": verdict_table(study)}
     found = _headline(study)
-    return {"headline": found, "summary": found, **verdict(study),
-            "tables": {name: [table.columns, *table.cells] for name, table in tables.items()}}
+    return as_results(found, verdict(study), tables)
 
 def results(study: Study) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a study."

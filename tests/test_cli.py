@@ -60,6 +60,7 @@ def test_errors_are_one_line(tmp_path):
         ("rum",): (64, "No such command 'rum'"),
         ("run", "train", "-p", "steps", "many"): (64, "steps='many' is not of type int"),
         ("sample", "nowhere"): (65, "no run in"),
+        ("sample", "runs/nowhere"): (65, "no run in runs/nowhere"),
         ("verify", "none.ipynb"): (65, "no report none.ipynb"),
     }
     tiny(tmp_path / "pipelines" / "train.ipynb")
