@@ -1144,14 +1144,24 @@ class HybridEngine:
                 raise
             _leave(error, "papermill")
 
-# %% ../nbs/18_pipeline.ipynb #16c3508a
+# %% ../nbs/18_pipeline.ipynb #195fc9c3
+def _not_a_doubt(record: logging.LogRecord) -> bool:
+    "False for papermill's doubts about parameters: it reads no default with an equals sign, and the engine checks all."
+    return not record.getMessage().startswith(("Unable to parse line", "Passed unknown parameter"))
+
+def _hush():
+    for name in ("papermill", "papermill.translators"):
+        logging.getLogger(name).addFilter(_not_a_doubt)
+
 def _plug_in():
     "Completes papermill's command line before papermill reads it."
     if papermill_command(sys.argv, sys.orig_argv):
         try:
-            sys.argv[:] = complete_command(sys.argv)
+            typed, sys.argv[:] = [*sys.argv], complete_command(sys.argv)
         except (OSError, ValueError) as error:
             _leave(error, "papermill")
+        if sys.argv != typed:
+            _hush()
 
 _plug_in()
 
@@ -1169,7 +1179,7 @@ def find_pipeline(
         raise ConfigError(f"no pipeline {name!r}{closest(name, found)}; there are {', '.join(found) or 'none'}")
     return found[name]
 
-# %% ../nbs/18_pipeline.ipynb #6642cd74
+# %% ../nbs/18_pipeline.ipynb #af845ce0
 def run_pipeline(
     name_or_path: str | Path,  # of a pipeline
     parameters: dict[str, Any] | None = None,  # name: value, of any type that can be cast
@@ -1190,6 +1200,7 @@ def run_pipeline(
     from papermill.engines import papermill_engines
 
     papermill_engines.register("hybrid_nb", HybridEngine)
+    _hush()
     where = _unformatted(str(report))
     papermill.execute_notebook(str(path), where, given, engine_name="hybrid_nb", progress_bar=progress_bar)
     return report

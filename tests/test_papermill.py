@@ -28,7 +28,8 @@ PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
 STOCK = ["--engine", "nbclient"]
 PARAMETERS = """model: str = "smoke"  # preset
 steps: int = 3  # steps
-flag: bool = True  # a switch"""
+flag: bool = True  # a switch
+fields: str = "lr=1e-3 steps=4"  # papermill itself cannot read this default"""
 LOOP = """import time
 for step in range(steps):
     print("step", step, flush=True)
@@ -116,9 +117,10 @@ def test_users_words_in_four_ways_at_once(tmp_path):
     told = re.compile(
         r"step 0\r?\n(.|\n)*step 2\r?\n(.|\n)*report  reports/train-large-\w{6}(-\d)?\.ipynb\r?\npage    "
     )
-    ended = four_ways(tmp_path, "pipelines/train.ipynb", "-p", "model", "large", "-p", "flag", "false")
+    ended = four_ways(tmp_path, "pipelines/train.ipynb", "-p", "model", "large", "-p", "flag", "false", "-p", "fields", "lr=2e-3")
     for way, (code, out, err) in ended.items():
         assert code == 0 and told.search(out), (way, out, err)
+        assert not re.search("unknown|[Uu]nable", out + err), (way, out, err)
     reports = sorted((tmp_path / "reports").glob("*.ipynb"))
     stem = reports[0].stem[:18]
     assert sorted(p.stem for p in reports) == sorted([stem, f"{stem}-2", f"{stem}-3", f"{stem}-4"])
@@ -126,7 +128,7 @@ def test_users_words_in_four_ways_at_once(tmp_path):
         nb = nbformat.read(path, 4)
         assert report_problem(nb) is None
         assert nb.metadata["hybrid_nb"]["result"]["headline"] == {"val_ppl": 3.2, "steps": 3, "flag": False}
-        assert nb.metadata["papermill"]["parameters"] == {"model": "large", "flag": False}
+        assert nb.metadata["papermill"]["parameters"] == {"model": "large", "flag": False, "fields": "lr=2e-3"}
         assert path.with_suffix(".html").read_text().count("step 2") == 1
         assert str(tmp_path) not in path.read_text()
     assert (tmp_path / "reports" / "index.html").read_text().count("<tr>") == 5
