@@ -8,11 +8,11 @@ __all__ = ['ABOUT', 'FACTOR', 'HOLDS', 'FAILS', 'OPEN', 'VERDICTS', 'PEERS', 'PU
            'region', 'Span', 'as_span', 'judge', 'Claim', 'NotMeasured', 'Measurement', 'preset', 'total', 'trainable',
            'part', 'active', 'forward', 'recomputed', 'gib', 'held', 'least_hours', 'peer', 'Shape', 'kv_width',
            'adapter', 'positive_determinants', 'normalised', 'srte_shape', 'default', 'evaluate', 'Finding',
-           'judge_claim', 'Setting', 'strays', 'read_srte', 'read_freeze', 'over_seeds', 'read_figures',
-           'read_benchmark', 'read_projector', 'read_speed', 'read_parallel', 'read_context', 'read_foundation',
-           'read_measurements', 'audit', 'stated_text', 'value_text', 'shown_by', 'sentence', 'counts_table',
-           'claims_table', 'settings_table', 'first_lines', 'failures', 'unknowns', 'draw_audit', 'plot_audit',
-           'bundle', 'stored_audit', 'recompute']
+           'judge_claim', 'Setting', 'strays', 'read_srte', 'read_freeze', 'over_seeds', 'read_benchmark',
+           'read_projector', 'read_speed', 'read_parallel', 'read_context', 'read_foundation', 'read_measurements',
+           'audit', 'stated_text', 'value_text', 'shown_by', 'sentence', 'counts_table', 'claims_table',
+           'settings_table', 'first_lines', 'failures', 'unknowns', 'draw_audit', 'plot_audit', 'bundle',
+           'stored_audit', 'recompute']
 
 # %% ../nbs/32_audit.ipynb #d0d08a35
 import inspect
@@ -234,20 +234,19 @@ def default(function: Callable, name: str) -> Any:
     "The value that a parameter has unless it is given."
     return inspect.signature(function).parameters[name].default
 
-# %% ../nbs/32_audit.ipynb #c02154d8
+# %% ../nbs/32_audit.ipynb #35aa9e16
 NAMES: dict[str, Any] = {f.__name__: f for f in (
-    preset, total, trainable, part, gib, held, least_hours, peer, kv_width, adapter, active, forward, recomputed, positive_determinants, normalised,
-    srte_shape, default, sincos_frequencies, count_params, document_memory, flops_per_token, run_tokens, lr_at,
+    preset, total, trainable, part, gib, held, least_hours, peer, kv_width, adapter, active, forward, recomputed,
+    positive_determinants, normalised, srte_shape, default, sincos_frequencies, count_params, document_memory, flops_per_token,
+    run_tokens, lr_at, recommend, SRTE, KVDimensionProjector, DistillConfig, torch.amp.GradScaler,
     abs, dict, max, min, round, sum, vars, zip)}
-NAMES |= {"GIB": GIB, "LEVELS": LEVELS, "PUBLISHED": PUBLISHED, "SRTE": SRTE, "KVDimensionProjector": KVDimensionProjector, "recommend": recommend,
-          "GradScaler": torch.amp.GradScaler,
-          "DistillConfig": DistillConfig}
+NAMES |= {"GIB": GIB, "LEVELS": LEVELS, "PUBLISHED": PUBLISHED}
 
 def evaluate(formula: str, measured: Callable[[str], Span] | None = None) -> Any:
     "The value of a formula of this module."
     return eval(formula, {"__builtins__": {}, "measured": measured} | NAMES)  # the text is a constant above or below, never a reader's
 
-# %% ../nbs/32_audit.ipynb #c02b4af0
+# %% ../nbs/32_audit.ipynb #6743bd17
 @dataclass(frozen=True)
 class Finding:
     "What became of a claim."
@@ -280,7 +279,8 @@ def judge_claim(
     verdict = judge(claim.stated, span)
     if verdict == HOLDS and claim.control in measurements and judge(claim.stated, measurements[claim.control].span) == HOLDS:
         told = ", ".join(f"{x:+.2f}" for x in measurements[claim.control].span)
-        return Finding(claim, OPEN, span, tuple(used), f"the control, {claim.control}, is admitted too ({told} {claim.unit}): no loss could be seen")
+        why = f"the control, {claim.control}, is admitted too ({told} {claim.unit}): no loss could be seen"
+        return Finding(claim, OPEN, span, tuple(used), why)
     if claim.open and not (claim.bound and verdict == FAILS):
         return Finding(claim, OPEN, span, tuple(used), claim.open)
     return Finding(claim, verdict, span, tuple(used),
@@ -363,7 +363,7 @@ def _hours(line: int, size: str, figures: Iterable[str | None]) -> Iterable[Clai
                         f"least_hours('{size}', cards={cards})", "the stated time asks for more than the cards can do",
                         open="no A100 here; the stated time is possible, which is all that arithmetic can say", bound=True, key=cards == 1)
 
-# %% ../nbs/32_audit.ipynb #0f7f1763
+# %% ../nbs/32_audit.ipynb #46b2435e
 _MB = "2 * preset('SIZE').model.n_layer * preset('SIZE').model.d_model ** 2 * 2 / GIB"
 _ACTIVE = "30 * preset('SIZE').train.batch_size * preset('SIZE').train.seq_len * preset('SIZE').model.d_model * 2 / GIB"
 _MIX = "100 * (1 - gib('SIZE', 'fp16', chunked_loss={}) / gib('SIZE', 'fp32', chunked_loss={}))"
@@ -423,11 +423,14 @@ CLAIMS_001 = (
     *_by_size("4.3 Mixed precision", 178, "memory saved by fp16, loss by blocks", ("~40", "~40", None), "%", _MIX.replace("{}", "True")),
     Claim("001", "4.3 Mixed precision", 178, "speed of mixed over single precision", "1.5-2", "x", "measured('benchmark.half')",
           open="meant of a GPU; this is bf16 over float32 on a CPU"),
-    *_by_size("5.1 Memory", 222, "parameters, read as two bytes for each trainable one", ("0.06", "0.16", "0.48"), "GiB", "2 * trainable('SIZE') / GIB"),
-    *_by_size("5.1 Memory", 223, "gradients, read as two bytes for each trainable parameter", ("0.06", "0.16", "0.48"), "GiB", "2 * trainable('SIZE') / GIB"),
+    *_by_size("5.1 Memory", 222, "parameters, read as two bytes for each trainable one", ("0.06", "0.16", "0.48"), "GiB",
+              "2 * trainable('SIZE') / GIB"),
+    *_by_size("5.1 Memory", 223, "gradients, read as two bytes for each trainable parameter", ("0.06", "0.16", "0.48"), "GiB",
+              "2 * trainable('SIZE') / GIB"),
     *_by_size("5.1 Memory", 224, "optimizer, read as eight bytes for each trainable parameter", ("0.23", "0.66", "1.93"), "GiB",
               "8 * trainable('SIZE') / GIB"),
-    *_by_size("5.1 Memory", 225, "activations, read as 60 bytes for each token and unit of width", ("0.94", "0.70", "0.47"), "GiB", _ACTIVE),
+    *_by_size("5.1 Memory", 225, "activations, read as 60 bytes for each token and unit of width", ("0.94", "0.70", "0.47"), "GiB",
+              _ACTIVE),
     *_by_size("5.1 Memory", 226, "K and V matrices of all layers, two bytes", ("0.001", "0.001", "0.002"), "GiB", _MB,
               note="the figure is near that of a single matrix for all layers and both roles"),
     *(Claim("001", "5.1 Memory", 227, f"{size}: total, read as lines 222 to 226 and a fifth more", figure, "GiB",
@@ -446,8 +449,8 @@ CLAIMS_001 = (
               "held('SIZE', 'activations')", note="each of the layers keeps its own; the table's figure falls while models deepen"),
     *_by_size("5.1 Memory", 227, "total, enough for a training step", ("1.54", "2.03", "4.04"), "GiB", "gib('SIZE')", key=True,
               note="the table leaves out depth in the activations, the logits, and float32 weights; this is the plan with loss by blocks"),
-    *_hours(233, "small", ("6.6", "2.0", None)), *_hours(234, "base", ("16.7", "4.2", "2.1")), *_hours(235, "large",
-                                                                                                       ("23.9", "6.0", "3.0")),
+    *_hours(233, "small", ("6.6", "2.0", None)), *_hours(234, "base", ("16.7", "4.2", "2.1")),
+    *_hours(235, "large", ("23.9", "6.0", "3.0")),
     Claim("001", "5.3 GPUs", 241, "small: one RTX 2080 Ti of 11 GB is enough, loss by blocks", "<=11", "GiB", "gib('small', 'fp16')"),
     Claim("001", "5.3 GPUs", 241, "small: one RTX 2080 Ti of 11 GB is enough, all logits at once as in line 198", "<=11", "GiB",
           "gib('small', 'fp16', chunked_loss=False)", "the logits of 64 x 512 tokens and 32,000 words take more than the model"),
@@ -457,7 +460,8 @@ CLAIMS_001 = (
     Claim("001", "5.3 GPUs", 242, "base: one A100 of 40 GB needs a smaller batch", ">40", "GiB", "gib('base', chunked_loss=False)",
           "the stated batch of 32 fits, by the document's own 2.03 GB as well"),
     Claim("001", "5.3 GPUs", 243, "large: four A100 of 80 GB at the least (read: one does not hold it)", ">80", "GiB",
-          "gib('large', chunked_loss=False)", "one card holds the stated batch, even with all logits at once; the reason may be time, which the document does not say"),
+          "gib('large', chunked_loss=False)",
+          "one card holds the stated batch, even with all logits at once; the reason may be time, which the document does not say"),
     Claim("001", "5.3 GPUs", 243, "large: A100 of 80 GB are enough", "<=80", "GiB", "gib('large', chunked_loss=False)"),
     *_by_size("5.4 Saving memory", 249, "memory saved by checkpointing, all logits at once", ("30-40",) * 3, "%",
               _KEEP.replace("{}", "False"),
@@ -470,7 +474,7 @@ CLAIMS_001 = (
           "the sign of R's diagonal makes the draw uniform over O(n), where half of the matrices have determinant -1"),
 )
 
-# %% ../nbs/32_audit.ipynb #c1fe06c4
+# %% ../nbs/32_audit.ipynb #b8e90d08
 _GROUPS = {"A": ("gpt-base", "44.9", "100"), "B": ("oelm-nofreeze", "41.8", "93"), "C": ("oelm-freeze", "~38", "85")}
 _BUFFER = "frozen weights were kept as buffers, which parameters() does not list, so that the total shrank instead of the trainable part"
 
@@ -483,11 +487,13 @@ def _group_claims() -> Iterable[Claim]:
 
 CLAIMS_002 = (
     Claim("002", "Current state", 14, "OELM: all parameters", "41.8", "M", "total('oelm-freeze') / 1e6", _BUFFER),
-    Claim("002", "Current state", 14, "OELM: share of GPT-Base that it counted", "93", "%", "100 * trainable('oelm-freeze') / total('gpt-base')"),
+    Claim("002", "Current state", 14, "OELM: share of GPT-Base that it counted", "93", "%",
+          "100 * trainable('oelm-freeze') / total('gpt-base')"),
     Claim("002", "Current state", 14, "OELM: trainable parameters", "41.8", "M", "trainable('oelm-freeze') / 1e6"),
     Claim("002", "Current state", 14, "OELM: trainable share of its parameters", "100", "%",
           "100 * trainable('oelm-freeze') / total('oelm-freeze')", _BUFFER),
-    Claim("002", "Current state", 14, "OELM: frozen parameters", "0", "", "total('oelm-freeze') - trainable('oelm-freeze')", _BUFFER, key=True),
+    Claim("002", "Current state", 14, "OELM: frozen parameters", "0", "",
+          "total('oelm-freeze') - trainable('oelm-freeze')", _BUFFER, key=True),
     *_group_claims(),
     Claim("002", "Hypotheses", 43, "H1: C trains fewer parameters than B by", "~15", "%",
           "100 * (1 - trainable('oelm-freeze') / trainable('oelm-nofreeze'))",
@@ -536,7 +542,7 @@ def _adapter_claims() -> Iterable[Claim]:
             yield Claim("003", "Benchmark", line, f"{arm}, at the old rate of line 361: final loss", f"*{loss}", "",
                         "measured('projector.loss_old')")
 
-# %% ../nbs/32_audit.ipynb #8adbba04
+# %% ../nbs/32_audit.ipynb #a1cc5855
 _PAIR = "K and V have an adapter each, and the width of this teacher is not 5,120"
 _CARD = "what activations and the cache of keys and values add is not counted; the weights alone would fit"
 
@@ -547,8 +553,8 @@ def _model_claims() -> Iterable[Claim]:
     for place, line, name, width, layers in _MODELS:
         yield Claim("003", place, line, f"{name}: d_model", width, "", f"PUBLISHED['{name}'].d_model")
         yield Claim("003", place, line, f"{name}: width of the keys that the projector takes or gives", width, "", f"kv_width('{name}')",
-                    f"the published configuration has {PUBLISHED[name].kv_heads} key heads of width 128, fewer than query heads; d_model is the "
-                    "width of the hidden state")
+                    f"the published configuration has {PUBLISHED[name].kv_heads} key heads of width 128, fewer than query heads; "
+                    "d_model is the width of the hidden state")
         if layers:
             yield Claim("003", place, line, f"{name}: layers", layers, "", f"PUBLISHED['{name}'].layers")
 
@@ -632,7 +638,7 @@ CLAIMS_003 = (
           "those lines give 6.09 and 0.05"),
 )
 
-# %% ../nbs/32_audit.ipynb #cba205bc
+# %% ../nbs/32_audit.ipynb #d29d6ace
 _STEP = "preset('foundation').train.batch_size * preset('foundation').train.seq_len * preset('foundation').train.grad_accum"
 _ROUTED = "n experts hold n times the weights of one; the stated figure is n / 2, stored weights over those that a token meets"
 
@@ -694,8 +700,6 @@ CLAIMS_004 = (
           "total('foundation') / 1e9", "the section before advises them for this model of 0.21 B"),
     Claim("004", "Small models", 60, "experts cost more than they compute: step time over a dense model's of equal active width", ">1", "x",
           "measured('foundation.moe_time')"),
-    Claim("004", "Risks", 74, "least version of Flash Attention for heads of 48", "2.3", "",
-          open="runs on GPUs only; the package takes PyTorch's attention"),
     Claim("004", "Risks", 75, "parameters added by 8 KV heads", "~8", "M", "(total('foundation', n_kv_head=8) - total('foundation')) / 1e6",
           "24 layers x 2 matrices x 768 x 192"),
     Claim("004", "Risks", 76, "computation added by checkpointing, by FLOPs", "~7", "%",
@@ -704,7 +708,7 @@ CLAIMS_004 = (
     Claim("004", "Risks", 76, "time added by checkpointing", "~7", "%", "measured('parallel.checkpointing')"),
 )
 
-# %% ../nbs/32_audit.ipynb #a43533f9
+# %% ../nbs/32_audit.ipynb #3ac46658
 @dataclass(frozen=True)
 class Setting:
     "Values that a document chooses together."
@@ -718,12 +722,10 @@ def _settings(name: str) -> str:
     return f"vars(preset('{name}').model) | vars(preset('{name}').train)"
 
 _ORA = {"dropout": 0.1, "attn_dropout": 0.1, "max_seq_len": 512, "vocab_size": 32_000, "q": "trainable", "k": "frozen-orthogonal",
-        "v": "frozen-orthogonal", "betas": (0.9,
-                                            0.98), "eps": 1e-8, "weight_decay": 0.01, "grad_clip": 1.0, "seq_len": 512, "log_interval": 100,
-        "pin_memory": True}
+        "v": "frozen-orthogonal", "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01, "grad_clip": 1.0,
+        "seq_len": 512, "log_interval": 100, "pin_memory": True}
 _ORA_FIELDS = ("n_layer", "d_model", "n_head", "d_ff", "lr", "warmup_steps", "schedule", "min_lr_ratio", "steps", "batch_size",
-               "grad_accum",
-               "precision", "eval_interval", "save_interval", "workers")
+               "grad_accum", "precision", "eval_interval", "save_interval", "workers")
 _ORA_VALUES = {
     "small": (6, 512, 8, 2048, 5e-4, 4000, "cosine", 0.1, 100_000, 64, 1, "fp16", 5000, 10_000, 4),
     "base": (12, 768, 12, 3072, 3e-4, 8000, "cosine-restarts", 0.1, 300_000, 32, 2, "fp16", 10_000, 20_000, 8),
@@ -776,7 +778,7 @@ def strays(setting: Setting) -> dict[str, Any]:  # field: what is carried instea
     carried = evaluate(setting.formula)
     return {name: carried.get(name) for name, value in setting.stated.items() if carried.get(name) != value}
 
-# %% ../nbs/32_audit.ipynb #c9bc57fc
+# %% ../nbs/32_audit.ipynb #fa858f33
 DIVERGED = 1e300  # percent: in place of a perplexity that a diverged run has not
 
 def _percent(d: float, low: float, high: float) -> Span:
@@ -798,8 +800,8 @@ def read_freeze(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     "The ratios of hypotheses H2 to H4, percent above 1."
     analysis = freeze.stored_analysis(result["bundle"])
     found = {f.name.lower(): _percent(f.mean, *f.interval) for f in freeze.findings(analysis) if f.d and f.interval}
-    found |= {f.name.lower(): Span(DIVERGED, DIVERGED,
-                                   DIVERGED) for f in freeze.findings(analysis) if any(w.endswith(" diverged") for w in f.why)}
+    lost = [f for f in freeze.findings(analysis) if any(w.endswith(" diverged") for w in f.why)]
+    found |= {f.name.lower(): Span(DIVERGED, DIVERGED, DIVERGED) for f in lost}
     return {name: (span, _scale(analysis.study)) for name, span in found.items()}
 
 def over_seeds(values: Iterable[float]) -> Span:
@@ -807,20 +809,14 @@ def over_seeds(values: Iterable[float]) -> Span:
     mean, _, low, high = t_interval(list(values))
     return Span(float(mean), float(low), float(high))
 
-def read_figures(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
-    "What the results of a report list as its figures: a number, or value, lower and upper end."
-    stored = result.get("results") or result
-    return {name: (as_span(value), str(stored.get("scale", ""))) for name, value in stored.get("figures", {}).items() if value is not None}
-
 def read_benchmark(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
-    "Rate of our training step in bf16 over that in float32, at the largest shape, and what is listed."
+    "Rate of our training step in bf16 over that in float32, at the largest shape."
     shape = result["rows"][-1]["shape"]
     rates = {row["contender"]: row["tokens_per_s"] for row in result["rows"] if row["shape"] == shape}
     names = [f"hybrid-nb, {precision}" for precision in ("bf16", "fp32")]
-    half = {"half": (as_span(rates[names[0]] / rates[names[1]]), f"shape {shape}")} if rates.keys() >= set(names) else {}
-    return half | read_figures(result)
+    return {"half": (as_span(rates[names[0]] / rates[names[1]]), f"shape {shape}")} if rates.keys() >= set(names) else {}
 
-# %% ../nbs/32_audit.ipynb #f6d8c28c
+# %% ../nbs/32_audit.ipynb #61e79047
 def read_projector(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     "Losses, steps and speeds of the projectors of document 003 at its own size; nothing of a smaller one."
     stored = result["bundle"]
@@ -841,7 +837,8 @@ def read_projector(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
               "loss_old": table.values("stated", "linear at 1e-4, Qwen-14B", "loss"),
               "steps_old": table.values("stated", "linear at 1e-4, Qwen-14B", steps),
               "sooner": table.ratio("stated", "linear at 1e-4, Qwen-14B", "1.0x", steps)}
-    smaller = {"gelu_over_silu": table.ratio("parts", "GELU", "SiLU, xavier"), "relu_over_silu": table.ratio("parts", "ReLU", "SiLU, xavier"),
+    smaller = {"gelu_over_silu": table.ratio("parts", "GELU", "SiLU, xavier"),
+               "relu_over_silu": table.ratio("parts", "ReLU", "SiLU, xavier"),
                "gelu_steps": table.ratio("parts", "GELU", "SiLU, xavier", steps),
                "kaiming_steps": table.ratio("parts", "kaiming", "SiLU, xavier", steps),
                "dead_relu": [100 * x for x in table.values("parts", "ReLU", "dead")]}
@@ -868,8 +865,8 @@ def read_context(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     "PPL beyond the trained length over that of a sliding window, percent, of the better way that the document names."
     reading = context.stored_reading(result["bundle"])
     best = {f: min((context.compare_way(reading, way, f) for way in context.NAMED), key=lambda p: p.mean) for f in reading.factors}
-    return {f"factor_{f}": (_percent(p.mean, p.lower, p.upper), f"{reading.trained} trained positions, {p.n} windows") for f,
-            p in best.items()}
+    return {f"factor_{f}": (_percent(p.mean, p.lower, p.upper), f"{reading.trained} trained positions, {p.n} windows")
+            for f, p in best.items()}
 
 def read_foundation(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     "The chosen shape against the former one, and experts against the dense model at the largest size of both, percent or ratios."
@@ -886,10 +883,11 @@ def read_foundation(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
         found["moe_time"] = over_seeds(np.divide(experts, dense))
     return {name: (span, _scale(e.study)) for name, span in found.items()}
 
-READERS = {"srte": read_srte, "qk_freeze": read_freeze, "benchmark": read_benchmark, "projector": read_projector,
-           "context": read_context, "foundation": read_foundation, "qk_speed": read_speed, "parallel": read_parallel}  # by pipeline; of all others: `read_figures`
+READERS = {  # by pipeline
+    "srte": read_srte, "qk_freeze": read_freeze, "qk_speed": read_speed, "benchmark": read_benchmark, "projector": read_projector,
+    "context": read_context, "foundation": read_foundation, "parallel": read_parallel}
 
-# %% ../nbs/32_audit.ipynb #d277983c
+# %% ../nbs/32_audit.ipynb #2406172f
 def _tokens(value: Any) -> int:
     "All tokens that the runs in a bundle were trained on."
     if isinstance(value, list):
@@ -912,9 +910,9 @@ def read_measurements(
     "The figures that the reports of a folder hold."
     found: dict[str, Measurement] = {}
     for name, result in sorted(_results(Path(folder)), key=lambda pair: (_tokens(pair[1].get("bundle")), pair[0])):
-        pipeline = result["pipeline"]
-        for figure, (span, scale) in READERS.get(pipeline, read_figures)(result).items():
-            found[f"{pipeline}.{figure}"] = Measurement(span, name, scale)
+        if reader := READERS.get(result["pipeline"]):
+            for figure, (span, scale) in reader(result).items():
+                found[f"{result['pipeline']}.{figure}"] = Measurement(span, name, scale)
     return found
 
 # %% ../nbs/32_audit.ipynb #57490b89
@@ -1018,7 +1016,7 @@ def settings_table(documents: str = "all") -> Table:
                          "settings": ", ".join(f"{k} {v}" for k, v in s.stated.items())})
     return Table(rows)
 
-# %% ../nbs/32_audit.ipynb #2977a7fd
+# %% ../nbs/32_audit.ipynb #64dc2f4d
 def _list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
@@ -1038,8 +1036,8 @@ def first_lines(findings: list[Finding]) -> Markdown:
         told.append(_plain(f"Document {document}, line {line}, {sentence(group[0])}{likewise}"))
     seen = sum(f.verdict == FAILS and bool(f.reports) for f in findings)
     head = (f"**{verdicts.total()} figures: {verdicts[HOLDS]} hold, {verdicts[FAILS]} do not, {verdicts[OPEN]} cannot be tested here.** "
-            f"Of those that do not hold, {verdicts[FAILS] - seen} fail by arithmetic and {seen} were measured, each at the scale that it names, "
-            "which may be far below the document's.")
+            f"Of those that do not hold, {verdicts[FAILS] - seen} fail by arithmetic and {seen} were measured, each at the scale that it "
+            "names, which may be far below the document's.")
     return Markdown(f"{head}\n\n{_list(told)}" if told else head)
 
 def _told(findings: list[Finding], document: str, verdict: str, many: str, none: str) -> Markdown:

@@ -262,13 +262,14 @@ def traffic_table(config: Config) -> Table:
                      "frozen weights (MB)": 4 * p.frozen / 1e6})
     return Table(rows, dict.fromkeys(("gradients summed (MB)", "AdamW's state (MB)", "frozen weights (MB)"), "{:,.1f}"))
 
-# %% ../nbs/29_speed.ipynb #188e354f
+# %% ../nbs/29_speed.ipynb #4ad79d4a
 SCHEMA = 1  # of a bundle
 
 def bundle(config: Config, speed: Speed, parts: pd.DataFrame, ops: pd.DataFrame) -> dict[str, Any]:  # JSON-serialisable
     "What a report stores of a measurement."
     frames = {"turns": speed.turns, "parts": parts, "ops": ops}
-    return {"schema": SCHEMA, "kind": "speed", "info": {"config": asdict(config)}, **{name: f.to_dict("split") for name, f in frames.items()}}
+    stored = {name: frame.to_dict("split") for name, frame in frames.items()}
+    return {"schema": SCHEMA, "kind": "speed", "info": {"config": asdict(config)}, **stored}
 
 def stored_speed(stored: dict[str, Any]) -> Speed:
     "The times out of a bundle."

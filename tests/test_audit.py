@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from hybrid_nb import audit
-from hybrid_nb.audit import CLAIMS, FAILS, HOLDS, OPEN, Measurement, as_span
+from hybrid_nb.audit import CLAIMS, FAILS, HOLDS, OPEN, Measurement, as_span, trainable
 from hybrid_nb.pipeline import read_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,14 +67,18 @@ def test_a_bound_refutes_and_never_confirms():
 
 
 def test_the_numbers_known_by_hand():
-    values = {(f.claim.document, f.claim.line, f.claim.stated): f.span.value for f in audit.audit({}) if f.span}
-    assert values["000", 15, "22.144"] == 22_143_967_232 / 1e9
-    assert values["000", 134, "~7"] == 2_592_264_192 / 1e9
-    assert values["001", 24, "259.4"] == 259_360_768 / 1e6
-    assert values["002", 14, "0"] == 6 * 2 * 512**2
-    assert values["004", 75, "~8"] == 24 * 2 * 768 * 192 / 1e6
-    assert values["004", 30, "128"] == 4 * 2048 * 16
-    assert values["003", 292, "~4"] == 12 * 5120**2 / (5120**2 + 5120 * 1536)
+    known = {("000", 15, "original: parameters"): 22_143_967_232 / 1e9, ("000", 134, "24 layers"): 2_592_264_192 / 1e9,
+             ("001", 24, "large: parameters, the trainable ones"): 259_360_768 / 1e6,
+             ("001", 24, "large: parameters, all"): (259_360_768 + 24 * 3 * 1024**2) / 1e6,
+             ("001", 31, "small: trainable parameters saved, K and V"): 100 * 6 * 2 * 512**2 / (30_553_088 + 6 * 3 * 512**2),
+             ("001", 223, "base: gradients, as a mixed"): 4 * trainable("base") / 2**30,
+             ("002", 14, "OELM: frozen parameters"): 6 * 2 * 512**2,
+             ("003", 325, "adapters"): 8192 * (8192 + 2048) / (3584 * (3584 + 2048)),
+             ("004", 75, "parameters added"): 24 * 2 * 768 * 192 / 1e6, ("004", 30, "tokens a step"): 4 * 2048 * 16,
+             ("003", 292, "parameters of a transformer block"): 12 * 5120**2 / (5120**2 + 5120 * 1536)}
+    for (document, line, words), value in known.items():
+        found = audit.judge_claim(find(document, line, words), {}).span.value
+        assert math.isclose(found, value, rel_tol=1e-12), (document, line, found, value)
 
 
 def test_every_figure_of_the_documents_is_there_once():
@@ -100,26 +104,35 @@ def test_every_failure_is_a_sentence_with_its_numbers():
 
 
 def test_settings_are_carried_and_an_altered_one_is_found():
-    assert [s for s in audit.SETTINGS if audit.strays(s)] == []
+    assert [(s.document, s.line, audit.strays(s)) for s in audit.SETTINGS if audit.strays(s)] == [("003", 226, {7_473: 0.2})]
     for setting in audit.SETTINGS:
         name = next(iter(setting.stated))
-        assert audit.strays(replace(setting, stated=setting.stated | {name: object()})).keys() == {name}
+        altered = audit.strays(replace(setting, stated=setting.stated | {name: object()}))
+        assert altered.keys() == {name} | audit.strays(setting).keys()
 
 
 def test_a_figure_that_no_report_holds_is_not_made_up():
     assert audit.read_measurements(ROOT / "no such folder") == {}
-    empty = audit.read_figures({"results": {"verdict": "PASS"}})
-    assert empty == {}
+    assert audit.read_benchmark({"rows": [{"shape": "t", "contender": "another", "tokens_per_s": 1.0}]}) == {}
+
+
+def test_a_control_that_is_admitted_leaves_a_claim_open():
+    claim = find("000", 98, "almost no loss")
+    assert claim.control == "srte.none"
+    assert verdict(claim, srte__shared=(0, -1, 1), srte__none=(12, 10, 14)) == HOLDS
+    assert verdict(claim, srte__shared=(0, -1, 1), srte__none=(0, -1, 1)) == OPEN
+    assert verdict(claim, srte__shared=(8, 7, 9), srte__none=(0, -1, 1)) == FAILS
 
 
 def test_reports_are_read_as_they_are(tmp_path):
-    figures = {"results": {"figures": {"factor_2": [1.0, 0.5, 1.5]}}}
-    result = {"pipeline": "other", "subject": "x", "verdict": "PASS", "headline": {}} | figures
-    for name, shown in (("other-x-aaaaaa", result), ("other-x-bbbbbb.FAILED", result), ("notes", None)):
+    rows = [{"shape": "t", "contender": f"hybrid-nb, {p}", "tokens_per_s": r} for p, r in (("bf16", 3.0), ("fp32", 2.0))]
+    result = {"pipeline": "benchmark", "subject": "x", "verdict": "PASS", "headline": {}, "rows": rows}
+    other = result | {"pipeline": "other"}
+    for name, shown in (("benchmark-x-aaaaaa", result), ("benchmark-x-bbbbbb.FAILED", result), ("other-x-cccccc", other), ("notes", None)):
         cell = nbformat.v4.new_code_cell("0", execution_count=1)
         cell.outputs = [nbformat.v4.new_output("display_data", {"application/vnd.hybrid-nb+json": shown})] if shown else []
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
-    assert audit.read_measurements(tmp_path) == {"other.factor_2": Measurement(as_span((1.0, 0.5, 1.5)), "other-x-aaaaaa")}
+    assert audit.read_measurements(tmp_path) == {"benchmark.half": Measurement(as_span(1.5), "benchmark-x-aaaaaa", "shape t")}
 
 
 def test_numbers_of_a_bundle_are_finite():
