@@ -521,7 +521,7 @@ def notebook_text(
     json.loads(text, parse_constant=refuse)
     return text
 
-# %% ../nbs/18_pipeline.ipynb #1ab1dce4
+# %% ../nbs/18_pipeline.ipynb #2d41713a
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --dim: #59636e; --line: #d1d9e0; --wash: #f6f8fa;
   --link: #0969da; --word: #8250df; --text: #0a3069; --number: #0550ae; --bad: #b42318; --good: #1a7f37; }
@@ -546,7 +546,6 @@ table { display: block; width: max-content; max-width: 100%; overflow-x: auto; m
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, .index td, .index th { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); }
-.index .n { text-align: right; }
 .head { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .1rem 1rem; padding: .6rem .9rem;
         border: 1px solid var(--line); border-radius: 6px; font-size: .92em; }
 .head dt { color: var(--dim); }
@@ -693,15 +692,14 @@ def read_reports(
     "The reports of a folder, in order of their names."
     return [row for path in sorted(Path(reports).glob("*.ipynb")) if (row := _report_row(path))]
 
-# %% ../nbs/18_pipeline.ipynb #9d32a152
-_COLUMNS = ("val_ppl", "floor_ppl", "tokens", "params")
+# %% ../nbs/18_pipeline.ipynb #3ec610ff
+_FIRST = {"val_ppl": "val PPL", "floor_ppl": "floor PPL", "tokens": "tokens", "params": "parameters"}  # of a training run
 
-def _notes(row: dict[str, Any]) -> str:
-    "What the columns do not say: that it is a trial, or, of a pipeline that trains nothing, its first numbers."
-    headline = row["headline"]
-    if any(headline.get(c) is not None for c in _COLUMNS):
-        return "short trial" if row.get("trial") else ""
-    return ", ".join([f"{k} {_number_text(v)}" for k, v in headline.items() if v is not None][:8])
+def _found(row: dict[str, Any]) -> str:
+    "The numbers of a report to list."
+    headline = {k: v for k, v in row["headline"].items() if v is not None}
+    shown = {name: headline[k] for k, name in _FIRST.items() if k in headline} or dict([*headline.items()][:8])
+    return "; ".join([f"{k}: {_number_text(v)}" for k, v in shown.items()] + ["a short trial"] * bool(row.get("trial")))
 
 def _index_row(row: dict[str, Any]) -> str:
     "One report as a row of the index."
@@ -709,18 +707,16 @@ def _index_row(row: dict[str, Any]) -> str:
     page = path.with_suffix(".html")
     name = f'<a href="{html.escape(page.name)}">{text["title"]}</a>' if page.exists() else text["title"]
     verdict = f'<span class="{text["verdict"]}">{text["verdict"]}</span>'
-    numbers = [f'<td class="n">{html.escape(_number_text(row["headline"].get(c)))}</td>' for c in _COLUMNS]
     link = f'<a href="{html.escape(path.name)}">notebook</a>'
-    left = [f"<td>{c}</td>" for c in (name, text["pipeline"], text["subject"], verdict)]
-    return "".join(["<tr>", *left, *numbers, f"<td>{html.escape(_notes(row))}</td><td>{link}</td></tr>"])
+    cells = (name, text["pipeline"], text["subject"], verdict, html.escape(_found(row)), link)
+    return f"<tr>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
 
-# %% ../nbs/18_pipeline.ipynb #31caa8ca
+# %% ../nbs/18_pipeline.ipynb #47404440
 def write_index(
     reports: str | Path,  # folder
 ) -> Path:
     "Writes index.html over the reports of a folder."
-    heads = ["report", "pipeline", "subject", "verdict", "val PPL", "floor PPL", "tokens", "params", "", ""]
-    head = "".join(f"<th{' class=n' if 4 <= i < 8 else ''}>{h}</th>" for i, h in enumerate(heads))
+    head = "".join(f"<th>{h}</th>" for h in ("report", "pipeline", "subject", "verdict", "found", ""))
     rows = "\n".join(map(_index_row, read_reports(reports)))
     table = f'<table class="index"><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
     target = Path(reports) / "index.html"
@@ -728,20 +724,18 @@ def write_index(
         replace_file(target, page("Reports", f"<h1>Reports</h1>\n{table}").encode())
     return target
 
-# %% ../nbs/18_pipeline.ipynb #03757d03
+# %% ../nbs/18_pipeline.ipynb #301766eb
 def results_table(
     reports: str | Path,  # folder, as links should name it
 ) -> str:  # Markdown
     "The reports of a folder as a table of results."
-    lines = ["| report | verdict | val PPL | floor PPL | tokens | params | | commit |",
-             "|---|---|---:|---:|---:|---:|---|---|"]
+    lines = ["| report | verdict | found | commit |", "|---|---|---|---|"]
     for row in read_reports(reports):
         if row["verdict"] != "FAILED":
             page = row["path"].with_suffix(".html")
             target = page if page.exists() else row["path"]
-            numbers = [_number_text(row["headline"].get(c)) for c in _COLUMNS]
-            cells = [f"[{page.stem}]({target.as_posix()})", row["verdict"], *numbers, _notes(row)]
-            lines.append(f"| {' | '.join([*cells, str(row.get('commit') or '')[:7]])} |")
+            cells = [f"[{page.stem}]({target.as_posix()})", row["verdict"], _found(row), str(row.get("commit") or "")[:7]]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 # %% ../nbs/18_pipeline.ipynb #9bde8deb
