@@ -57,6 +57,7 @@ reports: $(VENV)/.base
 	$(BIN)/hnb run projector -p full true -p seeds 3
 	$(BIN)/hnb run parallel -p rounds 20
 	test ! -d data/tinystories || for p in qk_freeze distill context foundation; do $(BIN)/hnb run $$p -f pipelines/params/$$p.yaml || exit 1; done
+	test ! -d data/tinystories || $(BIN)/hnb run distill -f pipelines/params/distill.yaml -p settings kv_weight=0.1
 	test ! -d data/gsm8k || $(BIN)/hnb run finetune -f pipelines/params/finetune.yaml
 	$(BIN)/hnb run audit
 
