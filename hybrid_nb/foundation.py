@@ -203,7 +203,7 @@ def experiment(
     calm = {e.name: stability(load_run(place / e.name)) for e in done.entries if e.run is not None}
     return Experiment(done, design, calm, time_steps({a.name: override(base, a.overrides) for a in arms}, rounds))
 
-# %% ../nbs/30_foundation.ipynb #f695baec
+# %% ../nbs/30_foundation.ipynb #20476039
 def _finding(name, statement, criterion, measured, word, d, alpha, why=(), decides=True) -> Finding:
     interval = tuple(map(float, t_interval(list(d.values()), alpha)[2:])) if len(d) > 1 else None
     few = () if interval else (f"{len(d)} pair{'s' * (len(d) != 1)}: no interval exists with fewer than two",)
@@ -249,16 +249,22 @@ def judge_speed(e: Experiment) -> Finding:
     return _finding("speed", f"{wide} trains faster than {deep}", "interval of the logarithm above 0", said,
                     lambda ends: judge_region(*ends, low=0.0), d, e.study.plan.alpha)
 
+def _typical(seconds: Iterable[float]) -> float:
+    return math.exp(float(np.mean(np.log([*seconds]))))
+
+def _slower(e: Experiment, arm: str, base: str) -> float:
+    "The time of a step of an arm over that of another: the geometric mean of the turns, whose logarithms are judged."
+    return _typical(e.seconds[arm]) / _typical(e.seconds[base])
+
 def judge_experts(e: Experiment, size: int) -> Finding:
     "Whether the advice against experts holds at a size."
     c = e.compare(*e.design.pair(size))
-    slower = float(np.mean(np.log(e.seconds[c.arm])) - np.mean(np.log(e.seconds[c.base])))
 
     def word(ends: tuple[float, float]) -> str:
         return "FAIL" if ends[1] < 0 else "PASS" if ends[0] > -c.margin else "INCONCLUSIVE"
 
     return _finding(f"experts, {c.base}", f"{c.arm} does not pay", f"interval of d not below 0, and above {-c.margin:.4f} nats",
-                    f"{_ppls(c)}; {math.exp(slower):.2f} times the time of a step", word, c.d, c.alpha, _lost(c))
+                    f"{_ppls(c)}; {_slower(e, c.arm, c.base):.2f} times the time of a step", word, c.d, c.alpha, _lost(c))
 
 def judge_trend(e: Experiment) -> Finding:
     "Whether a mixture of experts gains more in larger models."
@@ -278,12 +284,12 @@ def findings(e: Experiment) -> list[Finding]:
     return [judge_loss(e), judge_stability(e), judge_speed(e), *(judge_experts(e, size) for size in e.design.sizes),
             *([judge_trend(e)] if len(e.design.sizes) > 1 else [])]
 
-# %% ../nbs/30_foundation.ipynb #42a66760
+# %% ../nbs/30_foundation.ipynb #b954d1e6
 def _rate(e: Experiment, arm: str) -> float | None:
     c = e.config(arm)
     if c is None or arm not in e.seconds:
         return None
-    return c.train.batch_size * c.train.grad_accum * c.train.seq_len / statistics.median(e.seconds[arm])
+    return c.train.batch_size * c.train.grad_accum * c.train.seq_len / _typical(e.seconds[arm])
 
 def _losses(e: Experiment, arm: str) -> list[float]:
     return [run.records("eval")[-1]["val_loss"] for run in e.study.finished(arm)]
@@ -335,7 +341,7 @@ def sizes_table(e: Experiment) -> Table:
         rows.append({"dense": dense, "parameters": count_params(a).total, "mixture": count_params(b).total,
                      "d (nats)": f.mean, "from": low, "to": high, "PPL": math.expm1(f.mean) if f.d else None,
                      "FLOPs": flops_per_token(b).total / flops_per_token(a).total,
-                     "time": statistics.median(e.seconds[mixed]) / statistics.median(e.seconds[dense]), "advice": f.verdict})
+                     "time": _slower(e, mixed, dense), "advice": f.verdict})
     signed = dict.fromkeys(("d (nats)", "from", "to"), "{:+.4f}") | {"PPL": "{:+.1%}"}
     whole = dict.fromkeys(("parameters", "mixture"), "{:,}")
     return Table(rows, signed | whole | dict.fromkeys(("FLOPs", "time"), "{:.2f}"))
@@ -398,7 +404,7 @@ def plot_choice(e: Experiment) -> Picture:
     says = [f"{f.name} {f.verdict}: {f.measured}" for f in (judge_loss(e), judge_stability(e), judge_speed(e))]
     return Picture(draw_choice(e), "; ".join(says))
 
-# %% ../nbs/30_foundation.ipynb #b75e39b1
+# %% ../nbs/30_foundation.ipynb #99282142
 def draw_sizes(e: Experiment) -> Figure:
     "What experts gain against the size of the dense model."
     figure, margin = Figure(figsize=(9.6, 3.4)), e.study.plan.margin
@@ -416,9 +422,8 @@ def draw_sizes(e: Experiment) -> Figure:
         if f.interval:
             ax.plot([x, x], f.interval, color=color, lw=2.2, solid_capstyle="butt")
         ax.plot(x, f.mean, "D", color=color, ms=6)
-        slower = statistics.median(e.seconds[mixed]) / statistics.median(e.seconds[dense])
-        ax.annotate(f"{dense}, {slower:.2f} x the time", (x, f.mean), xytext=(9, 0), textcoords="offset points", color=color,
-                    fontsize=9, va="center", bbox={"fc": "white", "ec": "none", "pad": 0.5})
+        ax.annotate(f"{dense}, {_slower(e, mixed, dense):.2f} x the time", (x, f.mean), xytext=(9, 0), textcoords="offset points",
+                    color=color, fontsize=9, va="center", bbox={"fc": "white", "ec": "none", "pad": 0.5})
     for y, text in ((0.0, "no difference"), (-margin, "gain of the margin")):
         ax.axhline(y, color=GREY, lw=1, ls="-" if y == 0 else "--")
         ax.annotate(text, (0.995, y), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", color=GREY,
@@ -438,7 +443,7 @@ def plot_sizes(e: Experiment) -> Picture:
     says = [f"{f.name}: d {f.mean:+.4f} ({f.verdict})" for size in e.design.sizes if (f := judge_experts(e, size)).d]
     return Picture(draw_sizes(e), "; ".join(says) or "no pair is done")
 
-# %% ../nbs/30_foundation.ipynb #245b7ee5
+# %% ../nbs/30_foundation.ipynb #398d277a
 SCHEMA = 1  # of a bundle
 
 def verdict(e: Experiment) -> dict[str, Any]:
@@ -463,8 +468,10 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     tables = {"arms": arms_table(e), "stability": stability_table(e), "sizes": sizes_table(e), "pairs": pairs_table(e),
               "findings": findings_table(e), "notes": notes_table(e), "runs": studies.runs_table(e.study)}
     head = {"seeds": len(plan.seeds), "runs done": f"{done} of {len(plan.arms) * len(plan.seeds)}"}
-    head |= {f.name: f"{f.verdict}, d {f.mean:+.4f}" + (f" ({f.interval[0]:+.4f} to {f.interval[1]:+.4f})" if f.interval else "")
-             if f.d else f.verdict for f in findings(e)}
+    for f in findings(e):
+        kind = "log of the ratio" if f.name in ("stability", "speed") else "d"
+        ends = f" ({f.interval[0]:+.4f} to {f.interval[1]:+.4f})" if f.interval else ""
+        head[f.name] = f"{f.verdict}, {kind} {f.mean:+.4f}{ends}" if f.d else f.verdict
     return as_results(head, verdict(e), tables)
 
 def results(e: Experiment) -> dict[str, Any]:

@@ -351,7 +351,7 @@ def _pairs(a: Analysis, claim: Claim) -> tuple[Comparison, dict[int, tuple[float
         return c, {seed: tuple(map(_ppl, losses)) for seed, losses in c.losses.items()}, c.lost
     return c, *_speeds(study, c)
 
-# %% ../nbs/21_freeze.ipynb #b9f60818
+# %% ../nbs/21_freeze.ipynb #71eec4ea
 def judge_claim(a: Analysis, claim: Claim) -> Finding:
     "What the pairs say of a hypothesis."
     missing = [letter.upper() for letter in (claim.base, claim.arm) if a.arm(letter) is None]
@@ -370,7 +370,8 @@ def judge_claim(a: Analysis, claim: Claim) -> Finding:
         word = "INCONCLUSIVE"
     means = [math.exp(float(np.mean(np.log(x)))) for x in zip(*values.values(), strict=True)]
     ours, theirs = (f"{x:,.0f}" if claim.of != "PPL" else f"{x:.4g}" for x in means[::-1]) if means else ("", "")
-    measured = f"{claim.of} {ours} of C, {theirs} of {claim.base.upper()}: {means[1] / means[0] - 1:+.1%}" if means else ""
+    kind = claim.of if claim.of == "PPL" else f"{claim.of}, geometric mean,"
+    measured = f"{kind} {ours} of C, {theirs} of {claim.base.upper()}: {means[1] / means[0] - 1:+.1%}" if means else ""
     return Finding(*claim[:3], measured, word, d, interval, tuple(why), claim=claim)
 
 def findings(a: Analysis) -> list[Finding]:

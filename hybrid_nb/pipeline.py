@@ -521,7 +521,7 @@ def notebook_text(
     json.loads(text, parse_constant=refuse)
     return text
 
-# %% ../nbs/18_pipeline.ipynb #2d41713a
+# %% ../nbs/18_pipeline.ipynb #427fe1e1
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --dim: #59636e; --line: #d1d9e0; --wash: #f6f8fa;
   --link: #0969da; --word: #8250df; --text: #0a3069; --number: #0550ae; --bad: #b42318; --good: #1a7f37; }
@@ -549,7 +549,7 @@ thead th { border-bottom: 2px solid var(--line); }
 .head { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .1rem 1rem; padding: .6rem .9rem;
         border: 1px solid var(--line); border-radius: 6px; font-size: .92em; }
 .head dt { color: var(--dim); }
-.head dd { margin: 0; overflow-wrap: anywhere; }
+.head dd { margin: 0; overflow-wrap: anywhere; grid-column: 2; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 .output_stderr pre { color: var(--dim); }
 .output_error pre { border-left: 3px solid var(--bad); }
@@ -640,20 +640,26 @@ def notebook_title(
     found = (re.search(r"^#+\s+(.+)$", c.source, re.M) for c in nb.cells if c.cell_type == "markdown")
     return next((m[1].strip() for m in found if m), default)
 
-# %% ../nbs/18_pipeline.ipynb #a4af0f07
+# %% ../nbs/18_pipeline.ipynb #04a70237
 def _result(nb) -> dict[str, Any] | None:
     "The result that a notebook carries; None where there is none, or none that could be read."
     about = nb.metadata.get("hybrid_nb")
     result = about.get("result") if isinstance(about, dict) else None
     return result if result_problem(result) is None else None
 
+_REASONS = 15  # shown at the head of a page; of a verdict with more, its numbers
+
 def _head(nb) -> str:
-    "The verdict of a report and its numbers as HTML; empty for a notebook that holds no result."
+    "The verdict of a report and its reasons or numbers as HTML; empty for a notebook that holds no result."
     result = _result(nb)
     if result is None:
         return ""
     verdict, numbers = result["verdict"], {k: _number_text(v) for k, v in result["headline"].items() if v is not None}
-    rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in numbers.items())
+    because = (shown_result(nb) or {}).get("results", {}).get("because", [])
+    if 0 < len(because) <= _REASONS:
+        rows = "<dt>because</dt>" + "".join(f"<dd>{html.escape(text)}</dd>" for text in because)
+    else:
+        rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in numbers.items())
     return f'<dl class="head"><dt>verdict</dt><dd><span class="{verdict}">{verdict}</span></dd>{rows}</dl>'
 
 def export_html(
@@ -692,13 +698,13 @@ def read_reports(
     "The reports of a folder, in order of their names."
     return [row for path in sorted(Path(reports).glob("*.ipynb")) if (row := _report_row(path))]
 
-# %% ../nbs/18_pipeline.ipynb #3ec610ff
+# %% ../nbs/18_pipeline.ipynb #f3b65071
 _FIRST = {"val_ppl": "val PPL", "floor_ppl": "floor PPL", "tokens": "tokens", "params": "parameters"}  # of a training run
 
 def _found(row: dict[str, Any]) -> str:
     "The numbers of a report to list."
     headline = {k: v for k, v in row["headline"].items() if v is not None}
-    shown = {name: headline[k] for k, name in _FIRST.items() if k in headline} or dict([*headline.items()][:8])
+    shown = {name: headline[k] for k, name in _FIRST.items() if k in headline} or dict([*headline.items()][:12])
     return "; ".join([f"{k}: {_number_text(v)}" for k, v in shown.items()] + ["a short trial"] * bool(row.get("trial")))
 
 def _index_row(row: dict[str, Any]) -> str:
@@ -708,15 +714,15 @@ def _index_row(row: dict[str, Any]) -> str:
     name = f'<a href="{html.escape(page.name)}">{text["title"]}</a>' if page.exists() else text["title"]
     verdict = f'<span class="{text["verdict"]}">{text["verdict"]}</span>'
     link = f'<a href="{html.escape(path.name)}">notebook</a>'
-    cells = (name, text["pipeline"], text["subject"], verdict, html.escape(_found(row)), link)
+    cells = (name, text["pipeline"], text["subject"], verdict, html.escape(_found(row)), str(row.get("commit") or "")[:7], link)
     return f"<tr>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
 
-# %% ../nbs/18_pipeline.ipynb #47404440
+# %% ../nbs/18_pipeline.ipynb #db05260c
 def write_index(
     reports: str | Path,  # folder
 ) -> Path:
     "Writes index.html over the reports of a folder."
-    head = "".join(f"<th>{h}</th>" for h in ("report", "pipeline", "subject", "verdict", "found", ""))
+    head = "".join(f"<th>{h}</th>" for h in ("report", "pipeline", "subject", "verdict", "found", "commit", ""))
     rows = "\n".join(map(_index_row, read_reports(reports)))
     table = f'<table class="index"><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
     target = Path(reports) / "index.html"
@@ -970,7 +976,7 @@ def execute(
         cell.outputs = merge_streams(cell.outputs)
     return outcome
 
-# %% ../nbs/18_pipeline.ipynb #01f8d3e1
+# %% ../nbs/18_pipeline.ipynb #688ef6ce
 def _small(result: Any) -> Any:
     "A result for the metadata: no records, but whether the run was a trial."
     if not isinstance(result, dict):
@@ -991,6 +997,10 @@ def tidy(
     nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or {}) | {"result": _small(shown_result(nb))}
     for cell in nb.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        for output in (o for o in cell.get("outputs", []) if o.get("name") == "stderr"):
+            output.text = re.sub(r"(?m)^.*\d%\|.*\n?", "", output.text)  # bars of progress, as they stood
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
     return nb
 
 # %% ../nbs/18_pipeline.ipynb #c820adf9
@@ -1389,7 +1399,7 @@ def doctor():
     """Say what is installed and what this machine can do; rates are measured."""
     print(_columns([{"what": name, "found": value} for name, value in doctor_rows()]))
 
-# %% ../nbs/18_pipeline.ipynb #9c9d2d8c
+# %% ../nbs/18_pipeline.ipynb #bf44a018
 def sample_run(
     path: Path,  # of a run folder
     **options: Any,  # prompt, tokens, temperature, top_k, seed: see evaluate.sample_text
@@ -1398,6 +1408,7 @@ def sample_run(
     run, config = load_run(path), load_run(path).config
 
     import torch
+    from safetensors.torch import load_file
 
     from hybrid_nb.data import END, load_tokenizer, prepare
     from hybrid_nb.evaluate import sample_text
@@ -1415,9 +1426,15 @@ def sample_run(
     tokenizer = load_tokenizer(kept)
     end = tokenizer.token_to_id(END)
     model = make_model(config.model, bos_token_id=end, eos_token_id=end)
+    weights = found.groups["model"]
+    if config.finetune is not None:  # a checkpoint of adapters holds no other weights; the finished model has them merged
+        merged = run.path / "model" / "model.safetensors"
+        if not merged.is_file():
+            raise RunError(f"run {run.path.name} is fine-tuned and not finished: its merged model is not there yet", BAD_DATA)
+        weights = load_file(merged)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(found.groups["model"][name])
+            weight.copy_(weights[name])
     return sample_text(model, tokenizer, **options)
 
 # %% ../nbs/18_pipeline.ipynb #ef0c830e

@@ -8,9 +8,9 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
            'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
            'alarms', 'alarm_table', 'tolerance', 'verdict', 'because_table', 'verdict_table', 'bundle', 'StoredRun',
-           'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'progress_line', 'LiveReport']
+           'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'LiveReport']
 
-# %% ../nbs/17_report.ipynb #7f9d75c2
+# %% ../nbs/17_report.ipynb #84222563
 import html
 import io
 import json
@@ -46,7 +46,7 @@ from hybrid_nb.account import (
 )
 from .config import Config, ConfigError, asdict, from_dict
 from .runs import check_name, in_checkout, load_run, run_name
-from .train import lr_at
+from .train import ProgressLines, lr_at
 
 # %% ../nbs/17_report.ipynb #2f6f1f25
 def _text(value: Any, pattern: str | None) -> str:
@@ -581,42 +581,22 @@ def results(run) -> dict[str, Any]:
     "What `recompute` gives for the bundle of a run."
     return recompute(bundle(run))
 
-# %% ../nbs/17_report.ipynb #8ed91fb5
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-def progress_line(record: dict, steps: int) -> str:
-    "A record of training or evaluation as a line of a terminal."
-    head = f"step {record['step']:>{len(str(steps))}}/{steps}"
-    if record["kind"] == "eval":
-        return f"{head}  loss {record['val_loss']:7.4f}  ppl {record['val_ppl']:<9.4g}  validation"
-    left, loss = record["elapsed_s"] / record["step"] * (steps - record["step"]), record["loss"]
-    norm = math.nan if record["grad_norm"] is None else record["grad_norm"]
-    return (f"{head}  loss {loss:7.4f}  ppl {math.exp(min(loss, 50)):<9.4g}  lr {record['lr']:.2e}  "
-            f"grad {norm:<5.3g}  {record['tokens_per_s']:>7,.0f} tokens/s  {_clock(left)} left")
-
-# %% ../nbs/17_report.ipynb #49bfe070
-class LiveReport:
+# %% ../nbs/17_report.ipynb #24a86a72
+class LiveReport(ProgressLines):
     "Progress of a run as it trains: lines for a terminal, and one figure that is drawn anew in a notebook."
 
     def __init__(
         self,
         min_seconds: float = 2.0,  # between two drawings
     ):
-        self.min_seconds, self.seen, self.due, self.handle = min_seconds, 0, -math.inf, None
+        super().__init__()
+        self.min_seconds, self.due, self.handle = min_seconds, -math.inf, None
 
-    def __call__(self, run_dir: str | Path):
-        "Shows what is new in a run folder."
-        run = load_run(run_dir)
-        records, steps = [r for r in run.records() if r["kind"] in ("train", "eval")], run.config.train.steps
+    def tell(self, run):
+        "Shows what is new in a run."
         if time.monotonic() >= self.due:
             self.draw(run)
-        for i in range(self.seen, len(records)):
-            percent, before = (records[j]["step"] * 100 // steps for j in (i, max(i - 1, 0)))
-            if i < 10 or percent > before or records[i]["kind"] == "eval":
-                print(progress_line(records[i], steps), flush=True)
-        self.seen = len(records)
+        super().tell(run)
 
     def draw(self, run):
         "Draws the curves, where there is a notebook to draw in."

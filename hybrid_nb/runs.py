@@ -9,7 +9,7 @@ __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'check_n
            'read_checkpoint', 'latest_checkpoint', 'checkout', 'in_checkout', 'code_state', 'lock_hash', 'versions',
            'machine', 'Run', 'load_run', 'claim_folder']
 
-# %% ../nbs/13_runs.ipynb #02178a6e
+# %% ../nbs/13_runs.ipynb #e7eeff31
 import fcntl
 import hashlib
 import json
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "isa": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}), "system": platform.system()}
 
-# %% ../nbs/13_runs.ipynb #de075c90
+# %% ../nbs/13_runs.ipynb #2d7cc3fd
 @dataclass
 class Run:
     "A run folder, read."
@@ -322,7 +323,8 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     if not (path / "run.json").is_file():
         near = sorted(p.parent.name for p in path.parent.glob("*/run.json"))
-        there = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
+        shown = get_close_matches(path.name, near, n=5, cutoff=0.0)
+        there = f"; {path.parent} has {', '.join(shown)}{' and others' * (len(near) > len(shown))}" if near else ""
         raise RunError(f"no run in {path}{there}", BAD_DATA)
     info = json.loads((path / "run.json").read_text())
     return Run(path, info, from_dict(info["config"]))

@@ -510,7 +510,7 @@ def checkpointing_table(found: Checkpointing) -> Table:
             ("activations by the plan", " and ".join(f"{parts['activations'] / 1e6:,.0f}" for parts in planned.values()) + " MB")]
     return Table(pd.DataFrame(rows, columns=["what", "found"]))
 
-# %% ../nbs/27_shard.ipynb #90a0d719
+# %% ../nbs/27_shard.ipynb #2c0be97a
 SCHEMA = 1  # of a bundle
 
 def bundle(
@@ -526,11 +526,11 @@ def bundle(
             "turns": found.turns.to_dict("split"), "peaks": found.peaks}
 
 def fallback_table(config: Config) -> Table:
-    "What twice as many heads of keys and values add."
-    m = config.model
-    wider = replace(config, model=replace(m, n_kv_head=2 * m.n_kv_head))
-    rows = [{"KV heads": c.model.n_kv_head, "parameters": count_params(c).total, "more": count_params(c).total - count_params(config).total}
-            for c in (config, wider)]
+    "What twice as many heads of keys and values add, where there are as many query heads."
+    m, base = config.model, count_params(config).total
+    heads = [n for n in (m.n_kv_head, 2 * m.n_kv_head) if m.n_head % n == 0]
+    totals = {n: count_params(replace(config, model=replace(m, n_kv_head=n))).total for n in heads}
+    rows = [{"KV heads": n, "parameters": total, "more": total - base} for n, total in totals.items()]
     return Table(rows, {"parameters": "{:,}", "more": "{:,}"})
 
 def stored_checkpointing(stored: dict[str, Any]) -> Checkpointing:

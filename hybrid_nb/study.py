@@ -11,7 +11,7 @@ __all__ = ['MARGIN', 'ALPHA', 'PASSING', 'SCHEMA', 'TRAIN_RECORDS', 'PALETTE', '
            'Trial', 'trials', 'worker_environment', 'Job', 'run_command', 'job_options', 'job_launcher', 'report_path',
            'has_report', 'study', 'LiveStudy']
 
-# %% ../nbs/20_study.ipynb #69fc570d
+# %% ../nbs/20_study.ipynb #4ae498f1
 import hashlib
 import math
 import os
@@ -37,10 +37,10 @@ from scipy import stats
 from .account import param_rows
 from .config import Config, ConfigError, closest, config_hash, override, to_yaml
 from .pipeline import read_result
-from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle, overall, progress_line
+from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle, overall
 from .report import bundle as run_bundle
 from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, claim_folder, in_checkout, load_run
-from .train import stop_requests, train
+from .train import progress_line, stop_requests, train
 
 # %% ../nbs/20_study.ipynb #1306d98d
 MARGIN, ALPHA = math.log(1.05), 0.05
@@ -684,7 +684,7 @@ def _in_turn(todo: list[Trial], device: str | None, cache: Path, tell: Callable[
             tell(trial.folder)
     return errors
 
-# %% ../nbs/20_study.ipynb #6f7b73d6
+# %% ../nbs/20_study.ipynb #ec20a7eb
 def worker_environment(
     slot: int,  # of the worker, from 0
     workers: int,
@@ -762,7 +762,7 @@ def _start(trial: Trial, launch: Callable[..., _Worker], env: dict[str, str], de
     "Train in a new process."
     config, log = (scratch / f"{trial.folder.name}.{kind}" for kind in ("yaml", "log"))
     config.write_text(to_yaml(trial.config))
-    command = ["-m", "hybrid_nb.train", "--config", config, "--folder", trial.folder, "--cache", cache]
+    command = ["-m", "hybrid_nb.train", "--quiet", "--config", config, "--folder", trial.folder, "--cache", cache]
     return launch(trial, [*command, *(["--device", device] if device else [])], env, log)
 
 def _launch(trial: Trial, words: list, env: dict[str, str], log: Path, alone: bool = False) -> _Worker:

@@ -7,7 +7,7 @@ __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'OBJECTIVES', 'lr_at'
            'make_optimizer', 'fast_float32', 'matmul_rate', 'Resolved', 'resolve', 'World', 'join_world',
            'whole_tensor', 'shards_like', 'clip_gradients', 'stop_requests', 'ignore_signals', 'add_noise', 'update',
            'device_memory', 'check_memory', 'dropout_at', 'set_dropout', 'memory_gib', 'start_info', 'Progress',
-           'find_objective', 'train', 'leave', 'main']
+           'find_objective', 'train', 'leave', 'progress_line', 'ProgressLines', 'main']
 
 # %% ../nbs/15_train.ipynb #4074a3aa
 import argparse
@@ -727,7 +727,7 @@ def train(
             world.sum(0.0)  # all leave together, with the state that the first wrote
     return load_run(folder)
 
-# %% ../nbs/15_train.ipynb #bba74bd3
+# %% ../nbs/15_train.ipynb #3cbc9a57
 def leave(code: int):
     "End this process, and with it the others where they came to the same end."
     if dist.is_initialized():
@@ -739,6 +739,39 @@ def leave(code: int):
         os._exit(code)
     sys.exit(code)
 
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+def progress_line(record: dict, steps: int) -> str:
+    "A record of training or evaluation as a line of a terminal."
+    head = f"step {record['step']:>{len(str(steps))}}/{steps}"
+    if record["kind"] == "eval":
+        return f"{head}  loss {record['val_loss']:7.4f}  ppl {record['val_ppl']:<9.4g}  validation"
+    left, loss = record["elapsed_s"] / record["step"] * (steps - record["step"]), record["loss"]
+    norm = math.nan if record["grad_norm"] is None else record["grad_norm"]
+    return (f"{head}  loss {loss:7.4f}  ppl {math.exp(min(loss, 50)):<9.4g}  lr {record['lr']:.2e}  "
+            f"grad {norm:<5.3g}  {record['tokens_per_s']:>7,.0f} tokens/s  {_clock(left)} left")
+
+class ProgressLines:
+    "Prints what is new in a run folder: evaluations, the first ten records, and then one with each percent of the steps."
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, run_dir: str | Path):
+        "Reads the folder and prints."
+        self.tell(load_run(run_dir))
+
+    def tell(self, run: Run):
+        "Prints what is new in a run."
+        records, steps = [r for r in run.records() if r["kind"] in ("train", "eval")], run.config.train.steps
+        for i in range(self.seen, len(records)):
+            percent, before = (records[j]["step"] * 100 // steps for j in (i, max(i - 1, 0)))
+            if i < 10 or percent > before or records[i]["kind"] == "eval":
+                print(progress_line(records[i], steps), flush=True)
+        self.seen = len(records)
+
 def main(argv: list[str] | None = None):
     "Train from a YAML file, alone or under torchrun; the exit code says how it ended."
     parser = argparse.ArgumentParser(prog="python -m hybrid_nb.train", description=main.__doc__)
@@ -747,10 +780,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
     parser.add_argument("--cache", default="runs/cache", help="folder of token shards")
     parser.add_argument("--parallel", default="ddp", help="what several processes share: ddp, zero1, zero2, zero3 or tp2")
+    parser.add_argument("--quiet", action="store_true", help="no lines of progress")
     args, code = parser.parse_args(argv), 0
+    lines = None if args.quiet else ProgressLines()
     try:
-        run = train(load_config(args.config), args.folder, device=args.device, cache=args.cache, parallel=args.parallel)
+        run = train(load_config(args.config), args.folder, device=args.device, cache=args.cache, parallel=args.parallel, on_update=lines)
         code = 0 if run.info["status"] == "done" else STOPPED
+        if lines and lines.seen:
+            print(f"{run.info['status']}: {args.folder}")
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = getattr(error, "exit_code", IO if isinstance(error, OSError) else 1)
