@@ -59,6 +59,8 @@ reports: $(VENV)/.base
 	test ! -d data/tinystories || for p in qk_freeze distill context foundation; do $(BIN)/hnb run $$p -f pipelines/params/$$p.yaml || exit 1; done
 	test ! -d data/tinystories || $(BIN)/hnb run distill -f pipelines/params/distill.yaml -p settings kv_weight=0.1
 	test ! -d data/gsm8k || $(BIN)/hnb run finetune -f pipelines/params/finetune.yaml
+	test ! -d data/gsm8k || $(BIN)/hnb run finetune -f pipelines/params/finetune.yaml -p data data/gsm8k/train.jsonl \
+	  -p overrides "n_layer=4 d_model=128 n_head=4 d_ff=512 vocab_size=2048 bpe_vocab=2048 batch_size=16 seq_len=256 lr=3e-3 compile=no text_key=question"
 	$(BIN)/hnb run audit
 
 docs: $(VENV)/.dev
