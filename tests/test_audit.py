@@ -13,6 +13,7 @@ import pytest
 
 from hybrid_nb import audit
 from hybrid_nb.audit import CLAIMS, FAILS, HOLDS, OPEN, Measurement, as_span, trainable
+from hybrid_nb.config import asdict, get_config
 from hybrid_nb.pipeline import read_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,6 +134,20 @@ def test_reports_are_read_as_they_are(tmp_path):
         cell.outputs = [nbformat.v4.new_output("display_data", {"application/vnd.hybrid-nb+json": shown})] if shown else []
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
     assert audit.read_measurements(tmp_path) == {"benchmark.half": Measurement(as_span(1.5), "benchmark-x-aaaaaa", "shape t")}
+
+
+def test_the_weightiest_of_several_reports_counts(tmp_path):
+    "Whatever its name: a trial with fewer rounds takes no figure from a measurement."
+    for name, rounds, factor in (("qk_speed-x-aaaaaa", 9, 1.0), ("qk_speed-x-ffffff", 3, 2.0)):
+        turns = {"index": [*range(rounds)], "columns": ["B, trainable", "C, frozen", "skipped work"]}
+        turns["data"] = [[2.0 * factor, 1.9, 0.1]] * rounds
+        bundle = {"schema": 1, "kind": "speed", "info": {"config": asdict(get_config("gpt-base"))}, "turns": turns}
+        shown = {"pipeline": "qk_speed", "subject": "x", "verdict": "PASS", "headline": {}, "bundle": bundle}
+        cell = nbformat.v4.new_code_cell("0", execution_count=1)
+        cell.outputs = [nbformat.v4.new_output("display_data", {"application/vnd.hybrid-nb+json": shown})]
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+    (found,) = audit.read_measurements(tmp_path).values()
+    assert found.report == "qk_speed-x-aaaaaa" and math.isclose(found.span.value, 100 * (2.0 / 1.9 - 1))
 
 
 def test_numbers_of_a_bundle_are_finite():

@@ -253,7 +253,8 @@ def test_signals_stop_and_the_same_command_continues(tmp_path, command, wholes):
     wait_for((folder / "metrics.jsonl").exists)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (runs.STOPPED, "", "")
+    assert (process.returncode, err) == (runs.STOPPED, "")
+    assert out.startswith("step ") and out.endswith(f"\nstopped: {folder}\n")
     stopped = load_run(folder)
     assert (stopped.info["status"], events(stopped, "stop")) == ("stopped", ["SIGTERM asked to stop"])
     step = read_checkpoint(checkpoints(folder)[0]).step
@@ -270,7 +271,8 @@ def test_signals_stop_and_the_same_command_continues(tmp_path, command, wholes):
     assert events(load_run(folder), "stop")[1:] == ["SIGINT asked to stop"]
 
     process = real_process(command(config))
-    assert (process.communicate(timeout=60), process.returncode) == (("", ""), 0)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "") and out.endswith(f"\ndone: {folder}\n")
     assert result(load_run(folder)) == result(wholes())
     before = tree(folder)
     again = start(command(config))

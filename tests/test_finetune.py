@@ -3,6 +3,7 @@
 Run with `pytest tests/test_finetune.py`.
 """
 
+import shutil
 import signal
 import socket
 import sys
@@ -13,9 +14,13 @@ import pytest
 import torch
 from driver import one_thread, result, start, tiny, tiny_hybrid
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hybrid_nb.config import Config, ConfigError, FinetuneConfig, override, to_yaml
+from hybrid_nb.data import load_tokenizer
+from hybrid_nb.evaluate import sample_text
 from hybrid_nb.finetune import merge, problems, tuning_config
+from hybrid_nb.pipeline import sample_run
 from hybrid_nb.runs import Run, RunError, checkpoints, load_run, read_checkpoint
 from hybrid_nb.train import train
 
@@ -56,6 +61,7 @@ def test_killed_and_run_again(tmp_path, work, whole, step):
     assert start(argv, ("kill step", step)).wait() == -signal.SIGKILL
     again = start(argv)
     assert again.wait() == 0, again.err
+    assert again.out.startswith("step ") and again.out.splitlines()[-1] == f"done: {tmp_path / 'r'}"
     assert result(load_run(tmp_path / "r")) == result(whole)
     files = [p / "finetune" / "adapter_model.safetensors" for p in (tmp_path / "r", whole.path)]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -98,10 +104,24 @@ def test_two_processes_are_one(work):
     argv = ["--config", work / "two.yaml", "--run", work / "two", "--cache", work / "cache", "--device", "cpu"]
     ranks = [start(argv, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
     assert [p.wait() for p in ranks] == [0, 0], [p.err for p in ranks]
+    assert ranks[0].out.count("step ") == 8 + len(one.records("eval")) and ranks[1].out == ""
     losses = [[r["loss"] for r in run.records("train")] for run in (one, load_run(work / "two"))]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     here, there = (load_file(work / name / "finetune" / "adapter_model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(t, there[name], atol=1e-5) for name, t in here.items())
+
+
+def test_a_finished_run_writes_as_its_merged_model(whole, work):
+    folder = whole.path / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder / "tokenizer.json")
+    assert sample_run(whole.path, prompt="the", tokens=8, temperature=0) == sample_text(model, tokenizer, "the", tokens=8, temperature=0)
+    halted = work / "halted"
+    shutil.copytree(whole.path, halted)
+    shutil.rmtree(halted / "model")
+    (halted / "model").mkdir()
+    shutil.copy(folder / "tokenizer.json", halted / "model")
+    with pytest.raises(RunError, match="run halted is fine-tuned and not finished"):
+        sample_run(halted)
 
 
 def test_a_checkpoint_is_small_and_of_adapters_alone(whole):
