@@ -9,13 +9,14 @@ __all__ = ['UNCALLED', 'FREE', 'SCHEMA', 'linear_maps', 'adapter_size', 'find_ta
            'learned_table', 'price_table', 'answers_table', 'draw_price', 'plot_price', 'verdict', 'verdict_table',
            'bundle', 'recompute', 'results']
 
-# %% ../nbs/26_finetune.ipynb #fcfc0dd5
+# %% ../nbs/26_finetune.ipynb #c4942701
 import hashlib
 import importlib
 import json
 import math
 import random
 import re
+import statistics
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -408,7 +409,7 @@ def outcomes(
                      "right": sum(row["right"] for row in said), "answers": said[:1]})
     return rows
 
-# %% ../nbs/26_finetune.ipynb #2f466751
+# %% ../nbs/26_finetune.ipynb #ec025aaa
 def _ends(study: Study, arm: str) -> tuple[float, float]:
     "Mean loss of an arm before its first update and after its last, nats."
     records = [run.records("eval") for run in study.finished(arm)]
@@ -462,9 +463,7 @@ def draw_price(study: Study) -> Figure:
         x = study.finished(arm)[0].info["params"]["trainable"]
         ends = [math.exp(min(run.records("eval")[-1]["val_loss"], 700)) for run in study.finished(arm)]
         ax.plot([x] * len(ends), ends, "o", color=color, ms=5)
-        tuned = "objective" in study.finished(arm)[0].info  # the control has as many parameters as the first arm: its name stands below
-        ax.annotate(arm, (x, max(ends) if tuned else min(ends)), xytext=(0, 7 if tuned else -15), textcoords="offset points", ha="center",
-                    color=color, fontsize=9)
+        ax.annotate(arm, (x, statistics.geometric_mean(ends)), xytext=(7, 0), textcoords="offset points", va="center", color=color, fontsize=9)
         before = before or math.exp(min(_ends(study, arm)[0], 700))
     if before is not None:
         ax.axhline(before, color=GREY, lw=0.8, ls="--")
