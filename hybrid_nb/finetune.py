@@ -409,7 +409,7 @@ def outcomes(
                      "right": sum(row["right"] for row in said), "answers": said[:1]})
     return rows
 
-# %% ../nbs/26_finetune.ipynb #ec025aaa
+# %% ../nbs/26_finetune.ipynb #2f76f1e6
 def _ends(study: Study, arm: str) -> tuple[float, float]:
     "Mean loss of an arm before its first update and after its last, nats."
     records = [run.records("eval") for run in study.finished(arm)]
@@ -463,7 +463,8 @@ def draw_price(study: Study) -> Figure:
         x = study.finished(arm)[0].info["params"]["trainable"]
         ends = [math.exp(min(run.records("eval")[-1]["val_loss"], 700)) for run in study.finished(arm)]
         ax.plot([x] * len(ends), ends, "o", color=color, ms=5)
-        ax.annotate(arm, (x, statistics.geometric_mean(ends)), xytext=(7, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+        ax.annotate(arm, (x, statistics.geometric_mean(ends)), xytext=(7, 0), textcoords="offset points", va="center", color=color,
+                    fontsize=9)
         before = before or math.exp(min(_ends(study, arm)[0], 700))
     if before is not None:
         ax.axhline(before, color=GREY, lw=0.8, ls="--")
