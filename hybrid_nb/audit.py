@@ -818,7 +818,7 @@ def read_benchmark(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     names = [f"hybrid-nb, {precision}" for precision in ("bf16", "fp32")]
     return {"half": (as_span(rates[names[0]] / rates[names[1]]), f"shape {shape}")} if rates.keys() >= set(names) else {}
 
-# %% ../nbs/32_audit.ipynb #61e79047
+# %% ../nbs/32_audit.ipynb #d26d3419
 def read_projector(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     "Losses, steps and speeds of the projectors of document 003 at its own size; nothing of a smaller one."
     stored = result["bundle"]
@@ -826,23 +826,19 @@ def read_projector(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     seconds = {row["arm"]: float(np.median(row["seconds"])) for row in stored["costs"]}
     if stored["size"] != "full" or len(table.values("stated", "linear", "loss")) < 2:
         return {}
-
-    def steps(record: dict[str, Any]) -> int:
-        return claims.converged(record["losses"])
-
     found = {f"loss_{arm}": table.values("stated", arm, "loss") for arm in claims.RATIOS}
-    found |= {f"steps_{arm}": table.values("stated", arm, steps) for arm in claims.RATIOS}
+    found |= {f"steps_{arm}": table.values("stated", arm, claims.converged_at) for arm in claims.RATIOS}
     found |= {"loss_without_norm": table.values("stated", "no LayerNorm, Qwen-14B", "loss"),
               "without_over_with_norm": table.ratio("stated", "no LayerNorm, Qwen-14B", "1.0x"),
               "lowered": [100 * (1 - x) for x in table.ratio("stated", "1.0x", "linear at 1e-4, Qwen-14B")],
               "linear_over_mlp": table.ratio("stated", "linear", "1.0x"),
               "loss_old": table.values("stated", "linear at 1e-4, Qwen-14B", "loss"),
-              "steps_old": table.values("stated", "linear at 1e-4, Qwen-14B", steps),
-              "sooner": table.ratio("stated", "linear at 1e-4, Qwen-14B", "1.0x", steps)}
+              "steps_old": table.values("stated", "linear at 1e-4, Qwen-14B", claims.converged_at),
+              "sooner": table.ratio("stated", "linear at 1e-4, Qwen-14B", "1.0x", claims.converged_at)}
     smaller = {"gelu_over_silu": table.ratio("parts", "GELU", "SiLU, xavier"),
                "relu_over_silu": table.ratio("parts", "ReLU", "SiLU, xavier"),
-               "gelu_steps": table.ratio("parts", "GELU", "SiLU, xavier", steps),
-               "kaiming_steps": table.ratio("parts", "kaiming", "SiLU, xavier", steps),
+               "gelu_steps": table.ratio("parts", "GELU", "SiLU, xavier", claims.converged_at),
+               "kaiming_steps": table.ratio("parts", "kaiming", "SiLU, xavier", claims.converged_at),
                "dead_relu": [100 * x for x in table.values("parts", "ReLU", "dead")]}
     spans = {name: over_seeds(values) for name, values in found.items()}
     spans |= {f"time_{arm}": as_span(s / seconds["linear"]) for arm, s in seconds.items()}
