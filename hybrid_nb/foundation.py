@@ -6,10 +6,10 @@
 __all__ = ['DEEP', 'WIDE', 'SPIKE', 'BEFORE', 'COLORS', 'SCHEMA', 'scaled_shape', 'shape_name', 'moe_shape', 'kept_table',
            'Design', 'stability', 'time_steps', 'Experiment', 'experiment', 'judge_loss', 'judge_stability',
            'judge_speed', 'judge_experts', 'judge_trend', 'findings', 'arms_table', 'stability_table', 'sizes_table',
-           'pairs_table', 'findings_table', 'notes_table', 'draw_choice', 'plot_choice', 'draw_sizes', 'plot_sizes',
-           'verdict', 'bundle', 'stored_experiment', 'recompute', 'results']
+           'pairs_table', 'draw_choice', 'plot_choice', 'draw_sizes', 'plot_sizes', 'verdict', 'bundle',
+           'stored_experiment', 'recompute', 'results']
 
-# %% ../nbs/30_foundation.ipynb #c9c3ebfa
+# %% ../nbs/30_foundation.ipynb #dd09df74
 import math
 import statistics
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from . import study as studies
 from .account import active_params, count_params, flops_per_token
 from .benchmark import Contender, make_step, race
 from .config import Config, ConfigError, HybridConfig, get_config, override
-from .freeze import Finding, judge_all, judge_region
+from .freeze import Finding, findings_table, judge_all, judge_pairs, judge_region, notes_table
 from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle
 from .runs import Run, in_checkout, load_run
 from .study import ALPHA, MARGIN, Arm, Comparison, Study, t_interval
@@ -203,12 +203,7 @@ def experiment(
     calm = {e.name: stability(load_run(place / e.name)) for e in done.entries if e.run is not None}
     return Experiment(done, design, calm, time_steps({a.name: override(base, a.overrides) for a in arms}, rounds))
 
-# %% ../nbs/30_foundation.ipynb #20476039
-def _finding(name, statement, criterion, measured, word, d, alpha, why=(), decides=True) -> Finding:
-    interval = tuple(map(float, t_interval(list(d.values()), alpha)[2:])) if len(d) > 1 else None
-    few = () if interval else (f"{len(d)} pair{'s' * (len(d) != 1)}: no interval exists with fewer than two",)
-    return Finding(name, statement, criterion, measured, word(interval) if interval else "INCONCLUSIVE", d, interval, (*why, *few), decides)
-
+# %% ../nbs/30_foundation.ipynb #03845ccb
 def _ppls(c: Comparison) -> str:
     if not c.losses:
         return ""
@@ -221,7 +216,7 @@ def _lost(c: Comparison) -> tuple[str, ...]:
 def judge_loss(e: Experiment) -> Finding:
     "Whether the chosen shape predicts no worse."
     c = e.compare(e.design.deep, e.design.wide)
-    return _finding("loss", f"{c.arm} predicts no worse than {c.base}", f"interval of d below {c.margin:.4f} nats", _ppls(c),
+    return judge_pairs("loss", f"{c.arm} predicts no worse than {c.base}", f"interval of d below {c.margin:.4f} nats", _ppls(c),
                     lambda _: c.verdict, c.d, c.alpha, (c.word, *_lost(c)))
 
 def judge_stability(e: Experiment) -> Finding:
@@ -235,7 +230,7 @@ def judge_stability(e: Experiment) -> Finding:
     d = {seed: math.log(peaks[wide, seed] / peaks[deep, seed]) for seed in c.losses if {(wide, seed), (deep, seed)} <= peaks.keys()}
     means = {arm: np.mean([v for (a, _), v in peaks.items() if a == arm] or [math.nan]) for arm in (wide, deep)}
     said = ", ".join(f"{v:.3g} of {arm}" for arm, v in means.items())
-    return _finding("stability", f"gradients of {wide} are calmer than those of {deep}", "interval of the logarithm below 0",
+    return judge_pairs("stability", f"gradients of {wide} are calmer than those of {deep}", "interval of the logarithm below 0",
                     f"largest gradient norm over the median: {said}",
                     lambda ends: "FAIL" if c.diverged else judge_region(*ends, high=0.0), d, c.alpha,
                     (*([f"{wide} diverged"] if c.diverged else []), *_lost(c)))
@@ -246,7 +241,7 @@ def judge_speed(e: Experiment) -> Finding:
     pairs = zip(e.seconds[deep], e.seconds[wide], strict=True)
     d = {turn: math.log(slow / fast) for turn, (slow, fast) in enumerate(pairs)}
     said = f"{math.exp(float(np.mean(list(d.values())))):.3f} times as many tokens a second"
-    return _finding("speed", f"{wide} trains faster than {deep}", "interval of the logarithm above 0", said,
+    return judge_pairs("speed", f"{wide} trains faster than {deep}", "interval of the logarithm above 0", said,
                     lambda ends: judge_region(*ends, low=0.0), d, e.study.plan.alpha)
 
 def _typical(seconds: Iterable[float]) -> float:
@@ -263,7 +258,7 @@ def judge_experts(e: Experiment, size: int) -> Finding:
     def word(ends: tuple[float, float]) -> str:
         return "FAIL" if ends[1] < 0 else "PASS" if ends[0] > -c.margin else "INCONCLUSIVE"
 
-    return _finding(f"experts, {c.base}", f"{c.arm} does not pay", f"interval of d not below 0, and above {-c.margin:.4f} nats",
+    return judge_pairs(f"experts, {c.base}", f"{c.arm} does not pay", f"interval of d not below 0, and above {-c.margin:.4f} nats",
                     f"{_ppls(c)}; {_slower(e, c.arm, c.base):.2f} times the time of a step", word, c.d, c.alpha, _lost(c))
 
 def judge_trend(e: Experiment) -> Finding:
@@ -276,7 +271,7 @@ def judge_trend(e: Experiment) -> Finding:
         x = np.log2([params[size] for size in sizes])
         slopes = {s: float(np.polyfit(x, [d[s] for d in sizes.values()], 1)[0]) for s in seeds}
     said = f"{np.mean(list(slopes.values())):+.4f} nats at twice the parameters" if slopes else ""
-    return _finding("experts, trend", "a mixture of experts gains more in a larger model", "interval of the slope below 0", said,
+    return judge_pairs("experts, trend", "a mixture of experts gains more in a larger model", "interval of the slope below 0", said,
                     lambda ends: judge_region(*ends, high=0.0), slopes, e.study.plan.alpha, decides=False)
 
 def findings(e: Experiment) -> list[Finding]:
@@ -284,7 +279,7 @@ def findings(e: Experiment) -> list[Finding]:
     return [judge_loss(e), judge_stability(e), judge_speed(e), *(judge_experts(e, size) for size in e.design.sizes),
             *([judge_trend(e)] if len(e.design.sizes) > 1 else [])]
 
-# %% ../nbs/30_foundation.ipynb #b954d1e6
+# %% ../nbs/30_foundation.ipynb #8b3b645e
 def _rate(e: Experiment, arm: str) -> float | None:
     c = e.config(arm)
     if c is None or arm not in e.seconds:
@@ -355,18 +350,6 @@ def pairs_table(e: Experiment) -> Table:
         parts.append(table)
     formats = dict.fromkeys(("loss of the base", "loss of the arm", "PPL ratio"), "{:.4f}")
     return Table(pd.concat(parts, ignore_index=True), formats | {"d (nats)": "{:+.4f}"})
-
-def findings_table(e: Experiment) -> Table:
-    "Each finding: criterion, measurement, interval, verdict."
-    rows = [{"": f.name, "statement": f.statement, "criterion": f.criterion, "measured": f.measured, "d": f.mean,
-             "from": f.interval and f.interval[0], "to": f.interval and f.interval[1], "verdict": f.verdict,
-             "decides": f.decides} for f in findings(e)]
-    return Table(rows, dict.fromkeys(("d", "from", "to"), "{:+.4f}"))
-
-def notes_table(e: Experiment) -> Table:
-    "What the verdicts do not say by themselves."
-    rows = [{"": f.name, "note": why} for f in findings(e) for why in f.why]
-    return Table(rows or [{"": "all", "note": "every pair was there"}])
 
 # %% ../nbs/30_foundation.ipynb #11bb290b
 COLORS = {"PASS": BLUE, "FAIL": RED, "INCONCLUSIVE": GREY}
@@ -443,7 +426,7 @@ def plot_sizes(e: Experiment) -> Picture:
     says = [f"{f.name}: d {f.mean:+.4f} ({f.verdict})" for size in e.design.sizes if (f := judge_experts(e, size)).d]
     return Picture(draw_sizes(e), "; ".join(says) or "no pair is done")
 
-# %% ../nbs/30_foundation.ipynb #398d277a
+# %% ../nbs/30_foundation.ipynb #8ddc1137
 SCHEMA = 1  # of a bundle
 
 def verdict(e: Experiment) -> dict[str, Any]:
@@ -464,11 +447,12 @@ def stored_experiment(stored: dict[str, Any]) -> Experiment:
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     "Headline, verdict and tables, from a bundle alone."
     e = stored_experiment(stored)
+    found = findings(e)
     plan, done = e.study.plan, sum(x.outcome[0] == "done" for x in e.study.entries)
     tables = {"arms": arms_table(e), "stability": stability_table(e), "sizes": sizes_table(e), "pairs": pairs_table(e),
-              "findings": findings_table(e), "notes": notes_table(e), "runs": studies.runs_table(e.study)}
+              "findings": findings_table(found), "notes": notes_table(found), "runs": studies.runs_table(e.study)}
     head = {"seeds": len(plan.seeds), "runs done": f"{done} of {len(plan.arms) * len(plan.seeds)}"}
-    for f in findings(e):
+    for f in found:
         kind = "log of the ratio" if f.name in ("stability", "speed") else "d"
         ends = f" ({f.interval[0]:+.4f} to {f.interval[1]:+.4f})" if f.interval else ""
         head[f.name] = f"{f.verdict}, {kind} {f.mean:+.4f}{ends}" if f.d else f.verdict

@@ -6,18 +6,18 @@
 __all__ = ['ARMS', 'CLAIMS', 'DOCUMENT_TOTAL', 'DOCUMENT_FROZEN', 'ABOUT_15', 'QUESTIONS', 'CLOSE', 'FEWER', 'SCHEMA',
            'DEMONSTRATION', 'freeze_arms', 'find_runs', 'check_comparable', 'steps_per_hour', 'first_below',
            'convergence', 'Analysis', 'analyze', 'params_table', 'layers_table', 'progress_table', 'efficiency_table',
-           'judge_region', 'Claim', 'Finding', 'judge_parameters', 'judge_claim', 'findings', 'hypotheses_table',
-           'reasons_table', 'claims_table', 'questions_table', 'gap_table', 'draw_tradeoff', 'plot_tradeoff',
-           'plot_speed', 'plot_target', 'judge_all', 'verdict', 'bundle', 'stored_analysis', 'recompute', 'results',
-           'demonstrate']
+           'judge_region', 'Claim', 'Finding', 'judge_pairs', 'judge_parameters', 'judge_claim', 'findings',
+           'hypotheses_table', 'reasons_table', 'claims_table', 'questions_table', 'gap_table', 'draw_tradeoff',
+           'plot_tradeoff', 'plot_speed', 'plot_target', 'judge_all', 'findings_table', 'notes_table', 'verdict',
+           'bundle', 'stored_analysis', 'recompute', 'results', 'demonstrate']
 
-# %% ../nbs/21_freeze.ipynb #72d39e9c
+# %% ../nbs/21_freeze.ipynb #012b3b4c
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict as dataclass_dict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,7 +268,7 @@ def judge_region(
         return "PASS"
     return "FAIL" if lower >= high or upper <= low else "INCONCLUSIVE"
 
-# %% ../nbs/21_freeze.ipynb #cde04c30
+# %% ../nbs/21_freeze.ipynb #d8250166
 class Claim(NamedTuple):
     "A hypothesis about pairs of runs."
     name: str
@@ -306,6 +306,22 @@ class Finding:
     def mean(self) -> float | None:
         "The mean of d."
         return float(np.mean(list(self.d.values()))) if self.d else None
+
+def judge_pairs(
+    name: str,
+    statement: str,
+    criterion: str,
+    measured: str,
+    word: Callable[[tuple[float, float]], str],  # PASS, FAIL or INCONCLUSIVE, of an interval of d
+    d: dict[int, float],  # by seed
+    alpha: float = ALPHA,  # outside each end of the interval
+    why: Iterable[str] = (),
+    decides: bool = True,
+) -> Finding:
+    "What became of a statement about the mean of paired differences."
+    interval = tuple(map(float, t_interval(list(d.values()), alpha)[2:])) if len(d) > 1 else None
+    few = () if interval else (f"{len(d)} pair{'s' * (len(d) != 1)}: no interval exists with fewer than two",)
+    return Finding(name, statement, criterion, measured, word(interval) if interval else "INCONCLUSIVE", d, interval, (*why, *few), decides)
 
 # %% ../nbs/21_freeze.ipynb #af1db69c
 def judge_parameters(
@@ -351,7 +367,7 @@ def _pairs(a: Analysis, claim: Claim) -> tuple[Comparison, dict[int, tuple[float
         return c, {seed: tuple(map(_ppl, losses)) for seed, losses in c.losses.items()}, c.lost
     return c, *_speeds(study, c)
 
-# %% ../nbs/21_freeze.ipynb #71eec4ea
+# %% ../nbs/21_freeze.ipynb #da9f688d
 def judge_claim(a: Analysis, claim: Claim) -> Finding:
     "What the pairs say of a hypothesis."
     missing = [letter.upper() for letter in (claim.base, claim.arm) if a.arm(letter) is None]
@@ -359,20 +375,18 @@ def judge_claim(a: Analysis, claim: Claim) -> Finding:
         return Finding(*claim[:3], "", "INCONCLUSIVE", {}, why=(f"no arm of group {missing[0]}",), claim=claim)
     c, values, lost = _pairs(a, claim)
     d = {seed: math.log(arm / base) for seed, (base, arm) in values.items()}
-    interval = tuple(map(float, t_interval(list(d.values()), a.study.plan.alpha)[2:])) if len(d) > 1 else None
-    why = [f"no pair of seed {seed}: {reason}" for seed, reason in lost.items()]
-    why += [] if interval else [f"{len(d)} pair{'s' * (len(d) != 1)}: no interval exists with fewer than two seeds"]
-    word = judge_region(*interval, claim.low, claim.high) if interval else "INCONCLUSIVE"
-    if c.diverged:
-        word = "FAIL"
-        why.insert(0, f"{c.arm} diverged")
-    elif word == "PASS" and lost:
-        word = "INCONCLUSIVE"
     means = [math.exp(float(np.mean(np.log(x)))) for x in zip(*values.values(), strict=True)]
     ours, theirs = (f"{x:,.0f}" if claim.of != "PPL" else f"{x:.4g}" for x in means[::-1]) if means else ("", "")
     kind = claim.of if claim.of == "PPL" else f"{claim.of}, geometric mean,"
     measured = f"{kind} {ours} of C, {theirs} of {claim.base.upper()}: {means[1] / means[0] - 1:+.1%}" if means else ""
-    return Finding(*claim[:3], measured, word, d, interval, tuple(why), claim=claim)
+    why = [f"{c.arm} diverged"] * c.diverged + [f"no pair of seed {seed}: {reason}" for seed, reason in lost.items()]
+
+    def word(ends: tuple[float, float]) -> str:
+        found = judge_region(*ends, claim.low, claim.high)
+        return "INCONCLUSIVE" if found == "PASS" and lost else found
+
+    found = judge_pairs(*claim[:3], measured, word, d, a.study.plan.alpha, why)
+    return replace(found, verdict="FAIL" if c.diverged else found.verdict, claim=claim)
 
 def findings(a: Analysis) -> list[Finding]:
     "All hypotheses; of H1 both readings."
@@ -559,7 +573,7 @@ def plot_target(a: Analysis) -> Picture:
     axis = "minutes of training to " + (f"validation perplexity {a.target:.4g}" if a.target else "the target: no run is done")
     return Picture(_draw_dots(a, times, axis, "{:.3g} minutes", missing), "; ".join(says))
 
-# %% ../nbs/21_freeze.ipynb #da45fb16
+# %% ../nbs/21_freeze.ipynb #e00ea69e
 SCHEMA = 1  # of a bundle
 
 def judge_all(
@@ -568,6 +582,18 @@ def judge_all(
     "The verdict over all that decides."
     because = [f"{f.name}: {f.verdict}: {text}" for f in found for text in (f.measured, *f.why) if text]
     return {"verdict": overall(f.verdict for f in found if f.decides), "because": because}
+
+def findings_table(found: list[Finding]) -> Table:
+    "Each finding: criterion, measurement, interval, verdict."
+    rows = [{"": f.name, "statement": f.statement, "criterion": f.criterion, "measured": f.measured, "d": f.mean,
+             "from": f.interval and f.interval[0], "to": f.interval and f.interval[1], "verdict": f.verdict,
+             "decides": f.decides} for f in found]
+    return Table(rows, dict.fromkeys(("d", "from", "to"), "{:+.4f}"))
+
+def notes_table(found: list[Finding]) -> Table:
+    "What the verdicts do not say by themselves."
+    rows = [{"": f.name, "note": why} for f in found for why in f.why]
+    return Table(rows or [{"": "all", "note": "every pair was there"}])
 
 def verdict(a: Analysis) -> dict[str, Any]:
     "The verdict over all hypotheses."

@@ -1484,12 +1484,12 @@ def _in_order(table: list[list[str]] | None) -> list[list[str]]:
     head, *rows = zip(*columns, strict=True) if columns else [()]
     return [list(head), *sorted(map(list, rows))]
 
-# %% ../nbs/18_pipeline.ipynb #6047c31c
+# %% ../nbs/18_pipeline.ipynb #67074c18
 # kind of bundle: its module; that of a run has no kind
 _READERS = {
     "study": "hybrid_nb.study", "qk-freeze": "hybrid_nb.freeze", "projector": "hybrid_nb.claims", "context": "hybrid_nb.context",
     "foundation": "hybrid_nb.foundation", "speed": "hybrid_nb.speed", "audit": "hybrid_nb.audit", "finetune": "hybrid_nb.finetune",
-    "parallel": "hybrid_nb.shard", "distill": "hybrid_nb.distill",
+    "parallel": "hybrid_nb.shard", "distill": "hybrid_nb.distill", "dense": "hybrid_nb.dense",
 }
 
 def verify_quick(
