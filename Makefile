@@ -56,8 +56,10 @@ reports: $(VENV)/.base
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 $(BIN)/hnb run qk_speed -p model gpt-base -p rounds 61
 	$(BIN)/hnb run projector -p full true -p seeds 2
 	$(BIN)/hnb run parallel -p rounds 20
-	test ! -d data/tinystories || for p in qk_freeze distill context foundation; do $(BIN)/hnb run $$p -f pipelines/params/$$p.yaml || exit 1; done
+	test ! -d data/tinystories || for p in qk_freeze distill context foundation dense; do $(BIN)/hnb run $$p -f pipelines/params/$$p.yaml || exit 1; done
 	test ! -d data/tinystories || $(BIN)/hnb run distill -f pipelines/params/distill.yaml -p settings kv_weight=0.1
+	test ! -d data/tinystories || $(BIN)/hnb run dense -f pipelines/params/dense.yaml \
+	  -p overrides "n_layer=6 d_model=192 n_head=8 n_kv_head=2 d_ff=672 n_shared_experts=2 moe_d_ff=168 max_seq_len=128 seq_len=128 batch_size=16 warmup_steps=24 eval_interval=80 save_interval=240"
 	test ! -d data/gsm8k || $(BIN)/hnb run finetune -f pipelines/params/finetune.yaml
 	test ! -d data/gsm8k || $(BIN)/hnb run finetune -f pipelines/params/finetune.yaml -p data data/gsm8k/train.jsonl \
 	  -p overrides "n_layer=4 d_model=128 n_head=4 d_ff=512 vocab_size=2048 bpe_vocab=2048 batch_size=16 seq_len=256 lr=3e-3 compile=no text_key=question"
