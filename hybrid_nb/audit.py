@@ -9,12 +9,12 @@ __all__ = ['ABOUT', 'FACTOR', 'HOLDS', 'FAILS', 'OPEN', 'VERDICTS', 'PEERS', 'PU
            'part', 'active', 'forward', 'recomputed', 'gib', 'held', 'least_hours', 'peer', 'Shape', 'kv_width',
            'adapter', 'positive_determinants', 'normalised', 'srte_shape', 'default', 'evaluate', 'Finding',
            'judge_claim', 'Setting', 'strays', 'read_srte', 'read_freeze', 'over_seeds', 'read_benchmark',
-           'read_projector', 'read_speed', 'read_parallel', 'read_context', 'read_foundation', 'read_measurements',
-           'audit', 'stated_text', 'value_text', 'shown_by', 'sentence', 'counts_table', 'claims_table',
-           'settings_table', 'first_lines', 'failures', 'unknowns', 'draw_audit', 'plot_audit', 'bundle',
-           'stored_audit', 'recompute']
+           'read_projector', 'read_speed', 'read_parallel', 'read_context', 'read_foundation', 'read_dense',
+           'read_measurements', 'audit', 'stated_text', 'value_text', 'shown_by', 'sentence', 'counts_table',
+           'claims_table', 'settings_table', 'first_lines', 'failures', 'unknowns', 'draw_audit', 'plot_audit',
+           'bundle', 'stored_audit', 'recompute']
 
-# %% ../nbs/32_audit.ipynb #83b9cb7e
+# %% ../nbs/32_audit.ipynb #3759e63a
 import inspect
 import json
 import math
@@ -33,7 +33,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from transformers import AutoModel, BertConfig, GPT2Config
 
-from . import claims, context, foundation, freeze
+from . import claims, context, dense, foundation, freeze
 from hybrid_nb.account import (
     GIB,
     GPUS,
@@ -639,7 +639,7 @@ CLAIMS_003 = (
           "those lines give 6.09 and 0.05"),
 )
 
-# %% ../nbs/32_audit.ipynb #6fc78e3c
+# %% ../nbs/32_audit.ipynb #4f43c0e7
 _STEP = "preset('foundation').train.batch_size * preset('foundation').train.seq_len * preset('foundation').train.grad_accum"
 _ROUTED = "n experts hold n times the weights of one; the stated figure is n / 2, stored weights over those that a token meets"
 
@@ -693,11 +693,15 @@ CLAIMS_004 = (
           "the shared expert is the third that every token is computed by"),
     Claim("004", "Mixture of experts", 53, "FLOPs of 8 experts, top 2, no shared one: the FFN alone", "~1.7", "x",
           "2 * part('foundation', 'ffn') / part('foundation', 'ffn')", "two experts of the dense FFN's width compute twice as much"),
+    Claim("004", "Mixture of experts", 54, "experts distilled into a dense FFN for serving: PPL over theirs (read: at most 5 % higher)",
+          "<=5", "%", "measured('dense.distilled')", "the line advises it, as line 69 does, and gives no figure"),
     Claim("004", "Small models", 60, "FFN weights of models below 100 M, tens of millions: small of document 001", "10-99", "M",
           "part('small', 'ffn') / 1e6"),
     Claim("004", "Small models", 59, "experts do not pay below 100 M (read: PPL less than 5 % below a dense model's of equal active width)",
           ">=-5", "%",
           "measured('foundation.moe_ppl')", key=True),
+    Claim("004", "Small models", 68, "2 shared experts guarantee dense performance when routing degenerates: PPL of them alone over a "
+          "dense model's (read: at most 5 % higher)", "<=5", "%", "measured('dense.fallback_2')", "of equal active width"),
     Claim("004", "Small models", 71, "experts suit models from 1 B on, and lines 48 to 56 advise them for one of", ">=1", "B",
           "total('foundation') / 1e9", "the section before advises them for this model of 0.21 B"),
     Claim("004", "Small models", 60, "experts cost more than they compute: step time over a dense model's of equal active width", ">1", "x",
@@ -818,7 +822,7 @@ def read_benchmark(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     names = [f"hybrid-nb, {precision}" for precision in ("bf16", "fp32")]
     return {"half": (as_span(rates[names[0]] / rates[names[1]]), f"shape {shape}")} if rates.keys() >= set(names) else {}
 
-# %% ../nbs/32_audit.ipynb #d26d3419
+# %% ../nbs/32_audit.ipynb #a848cd12
 def read_projector(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
     "Losses, steps and speeds of the projectors of document 003 at its own size; nothing of a smaller one."
     stored = result["bundle"]
@@ -881,9 +885,16 @@ def read_foundation(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
         found["moe_time"] = over_seeds(np.divide(experts, dense))
     return {name: (span, _scale(e.study)) for name, span in found.items()}
 
+def read_dense(result: dict[str, Any]) -> dict[str, tuple[Span, str]]:
+    "What the distilled networks lose against the experts, and the shared experts alone against dense models, percent of PPL."
+    c = dense.stored_conversion(result["bundle"])
+    shared = next((run.config.model.n_shared_experts for run in c.study.runs("experts")), 0)
+    names = {"distilled": "distilled", "fallback": f"fallback_{shared}"}
+    return {names[f.name]: (_percent(f.mean, *f.interval), _scale(c.study)) for f in dense.findings(c) if f.interval and f.name in names}
+
 READERS = {  # by pipeline
     "srte": read_srte, "qk_freeze": read_freeze, "qk_speed": read_speed, "benchmark": read_benchmark, "projector": read_projector,
-    "context": read_context, "foundation": read_foundation, "parallel": read_parallel}
+    "context": read_context, "foundation": read_foundation, "parallel": read_parallel, "dense": read_dense}
 
 # %% ../nbs/32_audit.ipynb #84715a36
 def _tokens(value: Any) -> int:
