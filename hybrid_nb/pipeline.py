@@ -1399,22 +1399,30 @@ def doctor():
     """Say what is installed and what this machine can do; rates are measured."""
     print(_columns([{"what": name, "found": value} for name, value in doctor_rows()]))
 
-# %% ../nbs/18_pipeline.ipynb #bf44a018
+# %% ../nbs/18_pipeline.ipynb #0c30bbcc
 def sample_run(
-    path: Path,  # of a run folder
+    path: Path,  # of a run, or of a model with its tokenizer
     **options: Any,  # prompt, tokens, temperature, top_k, seed: see evaluate.sample_text
 ) -> str:
-    "Text that a run's newest checkpoint writes."
-    run, config = load_run(path), load_run(path).config
+    "Text that a run's newest checkpoint writes, or a saved model."
+    saved = not (path / "run.json").is_file() and all((path / name).is_file() for name in ("model.safetensors", "tokenizer.json"))
+    run = None if saved else load_run(path)
 
     import torch
     from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
+    from hybrid_nb.convert import quiet_transformers
     from hybrid_nb.data import END, load_tokenizer, prepare
     from hybrid_nb.evaluate import sample_text
     from hybrid_nb.hybrid import make_model
     from hybrid_nb.runs import latest_checkpoint
 
+    if run is None:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        return sample_text(model, load_tokenizer(path), **options)
+    config = run.config
     found, skipped = latest_checkpoint(run.path)
     if found is None:
         raise RunError(f"run {run.path.name} has no checkpoint yet", BAD_DATA)
@@ -1437,22 +1445,22 @@ def sample_run(
             weight.copy_(weights[name])
     return sample_text(model, tokenizer, **options)
 
-# %% ../nbs/18_pipeline.ipynb #ef0c830e
+# %% ../nbs/18_pipeline.ipynb #ce91a2e0
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run's name in runs/, or its folder.")],
+    run: Annotated[str, typer.Argument(help="A run's name in runs/, its folder, or the folder of a saved model.")],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among this many; 0: all.")] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ):
-    """Let a run's newest checkpoint write.
+    """Let a run's newest checkpoint write, or a saved model.
 
 \b
 hnb sample train-smoke-s0-1a2b3c --prompt "Once" --tokens 50
 """
-    path = Path(run) if len(Path(run).parts) > 1 or (Path(run) / "run.json").is_file() else in_checkout("runs") / run
+    path = Path(run) if len(Path(run).parts) > 1 or Path(run).is_dir() else in_checkout("runs") / run
     print(prompt + sample_run(path, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
 
 # %% ../nbs/18_pipeline.ipynb #94530b0b
