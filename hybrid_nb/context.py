@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'NAMED', 'BINS', 'SCHEMA', 'stretch', 'text_windows', 'position_losses', 'sliding_losses', 'Reading',
-           'read_positions', 'load_decoder', 'read_run', 'compare_way', 'judge_factor', 'ways_table', 'positions_table',
-           'draw_positions', 'plot_positions', 'verdict', 'bundle', 'stored_reading', 'run_table', 'verdict_table',
-           'recompute', 'results']
+           'check_factors', 'read_positions', 'load_decoder', 'read_run', 'compare_way', 'judge_factor', 'ways_table',
+           'positions_table', 'draw_positions', 'plot_positions', 'verdict', 'bundle', 'stored_reading', 'run_table',
+           'verdict_table', 'recompute', 'results']
 
 # %% ../nbs/25_context.ipynb #075b57b1
 import copy
@@ -96,7 +96,7 @@ def sliding_losses(
     losses = position_losses(model, pieces.flatten(0, 1)).view(len(rows), len(starts), trained)
     return torch.cat([losses[:, 0, :step], losses[:, :, step:].flatten(1)], 1)
 
-# %% ../nbs/25_context.ipynb #c320bcad
+# %% ../nbs/25_context.ipynb #31affaea
 WAYS = ("default", "linear", "ntk", "llama3", "yarn")
 NAMED = ("ntk", "llama3")  # by document 004
 BINS = 4  # of L positions
@@ -120,10 +120,12 @@ class Reading:
         fixed = way in ("default", "sliding")
         return self.losses[way, max(self.factors) if fixed else factor][:, : BINS * factor]
 
-def _factors(factors: Iterable[float]) -> tuple[int, ...]:
+def check_factors(factors: Iterable[float]) -> tuple[int, ...]:
+    "Lengths over the trained one, in order; refused unless whole and at least 2."
+    factors = list(factors)
     found = tuple(sorted({int(s) for s in factors}))
     if not found or found[0] < 2 or any(s != int(s) for s in factors):
-        raise ConfigError(f"factors={list(factors)} must be whole numbers, at least 2")
+        raise ConfigError(f"factors={factors} must be whole numbers, at least 2")
     return found
 
 def read_positions(
@@ -135,7 +137,7 @@ def read_positions(
     run: dict[str, Any] | None = None,  # what is known of the model
 ) -> Reading:
     "Read windows of a text in every way."
-    factors = _factors(list(factors))
+    factors = check_factors(factors)
     if trained % BINS:
         raise ConfigError(f"trained={trained} positions are no multiple of {BINS}, the bins of a trained length")
     rows = text_windows(tokens, max(factors) * trained, limit)

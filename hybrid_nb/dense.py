@@ -498,7 +498,7 @@ def plot_stages(c: Conversion) -> Picture:
     said = [f"{name} {math.exp(min(float(np.mean(list(c.losses(name).values()))), 700)):.4g}" for name in c.names]
     return Picture(draw_stages(c), f"PPL: {', '.join(said)}")
 
-# %% ../nbs/31_dense.ipynb #007a03f7
+# %% ../nbs/31_dense.ipynb #bc3196b8
 SCHEMA = 1  # of a bundle
 
 def bundle(c: Conversion) -> dict[str, Any]:  # JSON-serialisable
@@ -519,10 +519,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     found = findings(c)
     tables = {"stages": stages_table(c), "seeds": seeds_table(c), "layers": layers_table(c), "serving": serving_table(c),
               "findings": findings_table(found), "notes": notes_table(found), "runs": studies.runs_table(c.study)}
-    head = {"seeds": len(c.study.plan.seeds), "models distilled": len(c.errors)}
-    for f in found:
-        ends = f" ({f.interval[0]:+.4f} to {f.interval[1]:+.4f})" if f.interval else ""
-        head[f.name] = f"{f.verdict}, d {f.mean:+.4f}{ends}" if f.d else f.verdict
+    head = {"seeds": len(c.study.plan.seeds), "models distilled": len(c.errors)} | {f.name: f.brief() for f in found}
     return as_results(head, judge_all(found), tables)
 
 def results(c: Conversion) -> dict[str, Any]:

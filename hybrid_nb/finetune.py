@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UNCALLED', 'FREE', 'SCHEMA', 'linear_maps', 'adapter_size', 'find_targets', 'adapt', 'adapter_count', 'merge', 'thaw',
            'save_adapter', 'load_adapter', 'fit_start', 'Finetuning', 'check_words', 'make_objective', 'problem',
-           'problems', 'tuning_config', 'final_number', 'held_questions', 'ask', 'tuning_arms', 'claims', 'outcomes',
-           'learned_table', 'price_table', 'answers_table', 'draw_price', 'plot_price', 'verdict', 'verdict_table',
-           'bundle', 'recompute', 'results']
+           'problems', 'tuning_config', 'final_number', 'held_questions', 'ask', 'check_ranks', 'tuning_arms', 'claims',
+           'outcomes', 'learned_table', 'price_table', 'answers_table', 'draw_price', 'plot_price', 'verdict',
+           'verdict_table', 'bundle', 'recompute', 'results']
 
 # %% ../nbs/26_finetune.ipynb #c4942701
 import hashlib
@@ -366,7 +366,14 @@ def ask(
         rows.append({"question": d.prompt.strip(), "answer": d.text, "said": said, "right": right})
     return rows
 
-# %% ../nbs/26_finetune.ipynb #5d8c2eba
+# %% ../nbs/26_finetune.ipynb #33655228
+def check_ranks(ranks: Iterable[int]) -> list[int]:
+    "Ranks of adapters in order, each once; refused below 1."
+    ranks = sorted({*ranks})
+    if not ranks or ranks[0] < 1:
+        raise ConfigError(f"ranks={ranks} must be at least one whole number above 0")
+    return ranks
+
 def tuning_arms(
     config: Config,  # as `tuning_config` gives it, with the rate at which every weight is trained
     start: str | Path,  # the run's folder
@@ -377,11 +384,8 @@ def tuning_arms(
     control: bool = True,  # an arm that begins at random weights
 ) -> list[Arm]:
     "What a study of fine-tuning compares, the baseline first."
-    ranks = sorted({*ranks})
-    if not ranks or ranks[0] < 1:
-        raise ConfigError(f"ranks={ranks} must be at least one whole number above 0")
     arms = [Arm("full", config=override(config, {"finetune.start": str(start), "finetune.rank": 0}))]
-    for rank in ranks:
+    for rank in check_ranks(ranks):
         values = {"start": str(start), "rank": rank, "alpha": alpha * rank, "targets": targets}
         arms.append(Arm(f"lora-{rank}", {"train.lr": lora_lr}, override(config, {f"finetune.{k}": v for k, v in values.items()})))
     return arms + ([Arm("scratch", config=config)] if control else [])

@@ -426,7 +426,7 @@ def plot_sizes(e: Experiment) -> Picture:
     says = [f"{f.name}: d {f.mean:+.4f} ({f.verdict})" for size in e.design.sizes if (f := judge_experts(e, size)).d]
     return Picture(draw_sizes(e), "; ".join(says) or "no pair is done")
 
-# %% ../nbs/30_foundation.ipynb #8ddc1137
+# %% ../nbs/30_foundation.ipynb #2436f3f9
 SCHEMA = 1  # of a bundle
 
 def verdict(e: Experiment) -> dict[str, Any]:
@@ -452,10 +452,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     tables = {"arms": arms_table(e), "stability": stability_table(e), "sizes": sizes_table(e), "pairs": pairs_table(e),
               "findings": findings_table(found), "notes": notes_table(found), "runs": studies.runs_table(e.study)}
     head = {"seeds": len(plan.seeds), "runs done": f"{done} of {len(plan.arms) * len(plan.seeds)}"}
-    for f in found:
-        kind = "log of the ratio" if f.name in ("stability", "speed") else "d"
-        ends = f" ({f.interval[0]:+.4f} to {f.interval[1]:+.4f})" if f.interval else ""
-        head[f.name] = f"{f.verdict}, {kind} {f.mean:+.4f}{ends}" if f.d else f.verdict
+    head |= {f.name: f.brief("log of the ratio" if f.name in ("stability", "speed") else "d") for f in found}
     return as_results(head, verdict(e), tables)
 
 def results(e: Experiment) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def judge_region(
         return "PASS"
     return "FAIL" if lower >= high or upper <= low else "INCONCLUSIVE"
 
-# %% ../nbs/21_freeze.ipynb #d8250166
+# %% ../nbs/21_freeze.ipynb #18cd965b
 class Claim(NamedTuple):
     "A hypothesis about pairs of runs."
     name: str
@@ -306,6 +306,14 @@ class Finding:
     def mean(self) -> float | None:
         "The mean of d."
         return float(np.mean(list(self.d.values()))) if self.d else None
+
+    def brief(
+        self,
+        what: str = "d",  # that has the mean
+    ) -> str:
+        "Verdict, mean and interval."
+        ends = f" ({self.interval[0]:+.4f} to {self.interval[1]:+.4f})" if self.interval else ""
+        return f"{self.verdict}, {what} {self.mean:+.4f}{ends}" if self.d else self.verdict
 
 def judge_pairs(
     name: str,
@@ -573,7 +581,7 @@ def plot_target(a: Analysis) -> Picture:
     axis = "minutes of training to " + (f"validation perplexity {a.target:.4g}" if a.target else "the target: no run is done")
     return Picture(_draw_dots(a, times, axis, "{:.3g} minutes", missing), "; ".join(says))
 
-# %% ../nbs/21_freeze.ipynb #e00ea69e
+# %% ../nbs/21_freeze.ipynb #d384a80d
 SCHEMA = 1  # of a bundle
 
 def judge_all(
@@ -610,7 +618,7 @@ def stored_analysis(stored: dict[str, Any]) -> Analysis:
 
 def _headline(a: Analysis) -> dict[str, Any]:
     plan, done = a.study.plan, sum(e.outcome[0] == "done" for e in a.study.entries)
-    says = {f.name: f"{f.verdict}, d {f.mean:+.4f} ({_interval(f.interval)})" if f.d else f.verdict for f in findings(a)}
+    says = {f.name: f.brief() for f in findings(a)}
     return {"seeds": len(plan.seeds), "runs done": f"{done} of {len(plan.arms) * len(plan.seeds)}"} | says
 
 def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
