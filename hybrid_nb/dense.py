@@ -398,11 +398,10 @@ def convert(
                 stages.setdefault(e.seed, {})[DENSE] = _stage(DENSE, evaluate(model, valid, model.device), model)
     return Conversion(study, stages, errors, seconds)
 
-# %% ../nbs/31_dense.ipynb #816c33b6
+# %% ../nbs/31_dense.ipynb #aa42d826
 def findings(c: Conversion) -> list[Finding]:
     "What the pairs say of the three statements."
     plan, found = c.study.plan, []
-    lost = [f"no model of seed {e.seed}: {e.arm} {e.outcome[0]}: {e.outcome[1]}" for e in c.study.entries if e.outcome[0] != "done"]
     below, less = f"interval of d below {plan.margin:.4f} nats", "interval of d below 0"
     for name, statement, stage, base, criterion, high, decides in (
             ("distilled", "the dense network predicts what the experts predict", FITTED, EXPERTS, below, plan.margin, True),
@@ -411,13 +410,14 @@ def findings(c: Conversion) -> list[Finding]:
         d = c.d(stage, base)
         if not d and not decides:
             continue
+        lost = [f"no pair of seed {seed}" for seed in plan.seeds if seed not in d]
         ours, theirs = (math.exp(min(float(np.mean([c.losses(s)[seed] for seed in d])), 700)) if d else math.nan for s in (stage, base))
         said = f"PPL {ours:.4g} of {stage}, {theirs:.4g} of {base}: {ours / theirs - 1:+.1%}" if d else ""
 
         def word(ends: tuple[float, float], high: float = high) -> str:
             return judge_region(*ends, high=high)
 
-        found.append(judge_pairs(name, statement, criterion, said, word, d, plan.alpha, lost if decides else (), decides))
+        found.append(judge_pairs(name, statement, criterion, said, word, d, plan.alpha, lost, decides=decides))
     return found
 
 def shapes_table(arms: list[Arm]) -> Table:

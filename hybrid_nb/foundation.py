@@ -203,21 +203,21 @@ def experiment(
     calm = {e.name: stability(load_run(place / e.name)) for e in done.entries if e.run is not None}
     return Experiment(done, design, calm, time_steps({a.name: override(base, a.overrides) for a in arms}, rounds))
 
-# %% ../nbs/30_foundation.ipynb #03845ccb
+# %% ../nbs/30_foundation.ipynb #9b9130de
 def _ppls(c: Comparison) -> str:
     if not c.losses:
         return ""
     base, arm = (math.exp(min(float(np.mean(x)), 700)) for x in zip(*c.losses.values(), strict=True))
     return f"PPL {arm:.4g} of {c.arm}, {base:.4g} of {c.base}: {arm / base - 1:+.1%}"
 
-def _lost(c: Comparison) -> tuple[str, ...]:
-    return (*(f"no pair of seed {seed}: {why}" for seed, why in c.lost.items()), *c.notes)
+def _lost(c: Comparison) -> list[str]:
+    return [f"no pair of seed {seed}: {why}" for seed, why in c.lost.items()]
 
 def judge_loss(e: Experiment) -> Finding:
     "Whether the chosen shape predicts no worse."
     c = e.compare(e.design.deep, e.design.wide)
     return judge_pairs("loss", f"{c.arm} predicts no worse than {c.base}", f"interval of d below {c.margin:.4f} nats", _ppls(c),
-                    lambda _: c.verdict, c.d, c.alpha, (c.word, *_lost(c)))
+                       lambda _: c.verdict, c.d, c.alpha, _lost(c), (c.word, *c.notes))
 
 def judge_stability(e: Experiment) -> Finding:
     "Whether the chosen shape's gradients are calmer."
@@ -231,9 +231,9 @@ def judge_stability(e: Experiment) -> Finding:
     means = {arm: np.mean([v for (a, _), v in peaks.items() if a == arm] or [math.nan]) for arm in (wide, deep)}
     said = ", ".join(f"{v:.3g} of {arm}" for arm, v in means.items())
     return judge_pairs("stability", f"gradients of {wide} are calmer than those of {deep}", "interval of the logarithm below 0",
-                    f"largest gradient norm over the median: {said}",
-                    lambda ends: "FAIL" if c.diverged else judge_region(*ends, high=0.0), d, c.alpha,
-                    (*([f"{wide} diverged"] if c.diverged else []), *_lost(c)))
+                       f"largest gradient norm over the median: {said}",
+                       lambda ends: "FAIL" if c.diverged else judge_region(*ends, high=0.0), d, c.alpha, _lost(c),
+                       [f"{wide} diverged"] * c.diverged + [*c.notes])
 
 def judge_speed(e: Experiment) -> Finding:
     "Whether the chosen shape trains faster on this device."
@@ -242,7 +242,7 @@ def judge_speed(e: Experiment) -> Finding:
     d = {turn: math.log(slow / fast) for turn, (slow, fast) in enumerate(pairs)}
     said = f"{math.exp(float(np.mean(list(d.values())))):.3f} times as many tokens a second"
     return judge_pairs("speed", f"{wide} trains faster than {deep}", "interval of the logarithm above 0", said,
-                    lambda ends: judge_region(*ends, low=0.0), d, e.study.plan.alpha)
+                       lambda ends: judge_region(*ends, low=0.0), d, e.study.plan.alpha)
 
 def _typical(seconds: Iterable[float]) -> float:
     return math.exp(float(np.mean(np.log([*seconds]))))
@@ -259,7 +259,8 @@ def judge_experts(e: Experiment, size: int) -> Finding:
         return "FAIL" if ends[1] < 0 else "PASS" if ends[0] > -c.margin else "INCONCLUSIVE"
 
     return judge_pairs(f"experts, {c.base}", f"{c.arm} does not pay", f"interval of d not below 0, and above {-c.margin:.4f} nats",
-                    f"{_ppls(c)}; {_slower(e, c.arm, c.base):.2f} times the time of a step", word, c.d, c.alpha, _lost(c))
+                       f"{_ppls(c)}; {_slower(e, c.arm, c.base):.2f} times the time of a step", word, c.d, c.alpha, _lost(c),
+                       c.notes)
 
 def judge_trend(e: Experiment) -> Finding:
     "Whether a mixture of experts gains more in larger models."
@@ -272,7 +273,7 @@ def judge_trend(e: Experiment) -> Finding:
         slopes = {s: float(np.polyfit(x, [d[s] for d in sizes.values()], 1)[0]) for s in seeds}
     said = f"{np.mean(list(slopes.values())):+.4f} nats at twice the parameters" if slopes else ""
     return judge_pairs("experts, trend", "a mixture of experts gains more in a larger model", "interval of the slope below 0", said,
-                    lambda ends: judge_region(*ends, high=0.0), slopes, e.study.plan.alpha, decides=False)
+                       lambda ends: judge_region(*ends, high=0.0), slopes, e.study.plan.alpha, decides=False)
 
 def findings(e: Experiment) -> list[Finding]:
     "All of them; the trend decides nothing."

@@ -268,7 +268,7 @@ def judge_region(
         return "PASS"
     return "FAIL" if lower >= high or upper <= low else "INCONCLUSIVE"
 
-# %% ../nbs/21_freeze.ipynb #18cd965b
+# %% ../nbs/21_freeze.ipynb #2099c56d
 class Claim(NamedTuple):
     "A hypothesis about pairs of runs."
     name: str
@@ -323,13 +323,16 @@ def judge_pairs(
     word: Callable[[tuple[float, float]], str],  # PASS, FAIL or INCONCLUSIVE, of an interval of d
     d: dict[int, float],  # by seed
     alpha: float = ALPHA,  # outside each end of the interval
+    lost: Iterable[str] = (),  # pairs that are missing, and why: they keep a statement from passing
     why: Iterable[str] = (),
     decides: bool = True,
 ) -> Finding:
     "What became of a statement about the mean of paired differences."
     interval = tuple(map(float, t_interval(list(d.values()), alpha)[2:])) if len(d) > 1 else None
+    found, lost = word(interval) if interval else "INCONCLUSIVE", tuple(lost)
     few = () if interval else (f"{len(d)} pair{'s' * (len(d) != 1)}: no interval exists with fewer than two",)
-    return Finding(name, statement, criterion, measured, word(interval) if interval else "INCONCLUSIVE", d, interval, (*why, *few), decides)
+    return Finding(name, statement, criterion, measured, "INCONCLUSIVE" if found == "PASS" and lost else found, d, interval,
+                   (*why, *lost, *few), decides)
 
 # %% ../nbs/21_freeze.ipynb #af1db69c
 def judge_parameters(
@@ -375,7 +378,7 @@ def _pairs(a: Analysis, claim: Claim) -> tuple[Comparison, dict[int, tuple[float
         return c, {seed: tuple(map(_ppl, losses)) for seed, losses in c.losses.items()}, c.lost
     return c, *_speeds(study, c)
 
-# %% ../nbs/21_freeze.ipynb #da9f688d
+# %% ../nbs/21_freeze.ipynb #3c811cd5
 def judge_claim(a: Analysis, claim: Claim) -> Finding:
     "What the pairs say of a hypothesis."
     missing = [letter.upper() for letter in (claim.base, claim.arm) if a.arm(letter) is None]
@@ -387,13 +390,8 @@ def judge_claim(a: Analysis, claim: Claim) -> Finding:
     ours, theirs = (f"{x:,.0f}" if claim.of != "PPL" else f"{x:.4g}" for x in means[::-1]) if means else ("", "")
     kind = claim.of if claim.of == "PPL" else f"{claim.of}, geometric mean,"
     measured = f"{kind} {ours} of C, {theirs} of {claim.base.upper()}: {means[1] / means[0] - 1:+.1%}" if means else ""
-    why = [f"{c.arm} diverged"] * c.diverged + [f"no pair of seed {seed}: {reason}" for seed, reason in lost.items()]
-
-    def word(ends: tuple[float, float]) -> str:
-        found = judge_region(*ends, claim.low, claim.high)
-        return "INCONCLUSIVE" if found == "PASS" and lost else found
-
-    found = judge_pairs(*claim[:3], measured, word, d, a.study.plan.alpha, why)
+    found = judge_pairs(*claim[:3], measured, lambda ends: judge_region(*ends, claim.low, claim.high), d, a.study.plan.alpha,
+                        [f"no pair of seed {seed}: {reason}" for seed, reason in lost.items()], [f"{c.arm} diverged"] * c.diverged)
     return replace(found, verdict="FAIL" if c.diverged else found.verdict, claim=claim)
 
 def findings(a: Analysis) -> list[Finding]:
