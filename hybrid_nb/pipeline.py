@@ -1545,7 +1545,7 @@ def compare_runs(
         raise RunError(f"{told} (other {differ})", BAD_DATA)
     return f"validation losses agree within {worst:.1e} nats (other {differ}, so weights are not compared)"
 
-# %% ../nbs/18_pipeline.ipynb #61926369
+# %% ../nbs/18_pipeline.ipynb #1af372cf
 def verify_replay(
     report: str | Path,
 ) -> str:  # one line; RunError where the replay differs
@@ -1555,7 +1555,10 @@ def verify_replay(
     from hybrid_nb.report import StoredRun
     from hybrid_nb.train import train
 
-    stored = StoredRun(read_result(report)["bundle"])
+    told = read_result(report)["bundle"]
+    if kind := told.get("kind"):
+        raise RunError(f"{report}: a {kind} report is not replayed, only that of a run; --quick makes its tables again", BAD_DATA)
+    stored = StoredRun(told)
     info, resolved = stored.info, stored.info["resolved"]
     if info["status"] != "done" or info["world_size"] != 1:
         raise RunError(f"{report}: a run {info['status']} on {info['world_size']} processes is not replayed")

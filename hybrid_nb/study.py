@@ -507,7 +507,7 @@ def spread(places: dict[str, float], gap: float) -> dict[str, float]:
     shift = sum(moved[name] - places[name] for name in moved) / max(len(moved), 1)
     return {name: y - shift for name, y in moved.items()}
 
-# %% ../nbs/20_study.ipynb #6ec4afca
+# %% ../nbs/20_study.ipynb #c053926f
 def draw_ppl(study: Study) -> Figure:
     "Validation perplexity of the arms with an interval over seeds."
     figure = Figure(figsize=(9.6, 4.2))
@@ -548,7 +548,7 @@ def _name_ends(ax, ends: dict[str, tuple], first: float, colors: dict[str, str])
 def plot_ppl(study: Study) -> Picture:
     "The curves of a study as a picture."
     ends = {arm: curve[-1] for arm in study.plan.arms if (curve := ppl_curve(study, arm))}
-    says = [f"{arm} PPL {_ppl(loss):.4g} ({_ppl(low):.4g} to {_ppl(high):.4g}) at step {step}"
+    says = [f"{arm} PPL {_ppl(loss):.4g}" + (f" ({_ppl(low):.4g} to {_ppl(high):.4g})" if low < high else "") + f" at step {step}"
             for arm, (step, loss, low, high) in ends.items()]
     return Picture(draw_ppl(study), "; ".join(says) or "no evaluations yet")
 
@@ -882,7 +882,7 @@ def _side_by_side(
                 worker.process.wait()
     return errors
 
-# %% ../nbs/20_study.ipynb #2b02400a
+# %% ../nbs/20_study.ipynb #23ae9bff
 def _is_over(entry: Entry, folder: Path, runner: str) -> bool:
     "Whether there is nothing to do for a run."
     state = entry.outcome[0]
@@ -930,7 +930,10 @@ def study(
     workers = workers or (max(1, gpus) if jobs is None else max(1, len(todo)))
     alone = workers == 1 and runner == "train" and jobs is None
     errors = _in_turn(todo, *how) if alone else _side_by_side(todo, workers, STARTERS[runner], *how, jobs)
-    return freeze(_reread(plan, needed, errors))
+    done = freeze(_reread(plan, needed, errors))
+    if all(e.outcome[0] == "failed" for e in done.entries):
+        raise RunError(f"all {len(done.entries)} runs failed; the first: {done.entries[0].outcome[1]}", BAD_DATA)
+    return done
 
 # %% ../nbs/20_study.ipynb #485d62f2
 class LiveStudy:
