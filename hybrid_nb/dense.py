@@ -9,12 +9,13 @@ __all__ = ['EXPERTS', 'SHARED', 'JOINED', 'SOLVED', 'FITTED', 'DENSE', 'STAGES',
            'shapes_table', 'stages_table', 'seeds_table', 'layers_table', 'serving_table', 'draw_stages', 'plot_stages',
            'bundle', 'stored_conversion', 'recompute', 'results']
 
-# %% ../nbs/31_dense.ipynb #217a7819
+# %% ../nbs/31_dense.ipynb #4661a906
 import itertools
 import json
 import math
 import os
 import shutil
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -250,10 +251,13 @@ def _regress(model: DecoderForCausalLM, dense: DecoderForCausalLM, batches: list
             if step % max(1, len(batches) // 5) == 0:
                 log(f"step {step:>{len(str(len(batches)))}}/{len(batches)}  {loss.item():.1%} of the variance left")
 
-# %% ../nbs/31_dense.ipynb #8a4de1f2
+# %% ../nbs/31_dense.ipynb #df97fc2e
+def _has_experts(config: Config) -> bool:
+    return isinstance(config.model, ModelConfig) and config.model.n_routed_experts > 0
+
 def _check_run(folder: Path, target: Path) -> Config:
     config = load_run(folder).config
-    if not isinstance(config.model, ModelConfig) or not config.model.n_routed_experts:
+    if not _has_experts(config):
         raise ConfigError(f"run {folder.name} has no experts: model {config.name!r}")
     if not (folder / "model" / "config.json").is_file():
         raise RunError(f"run {folder.name} has no finished model in {folder / 'model'}", BAD_DATA)
@@ -300,7 +304,7 @@ def distill_run(
             raise
     return found
 
-# %% ../nbs/31_dense.ipynb #c438ecf8
+# %% ../nbs/31_dense.ipynb #81da8629
 DENSE = "dense, from the text"
 STAGES = (EXPERTS, DENSE, SHARED, JOINED, SOLVED, FITTED)
 
@@ -316,8 +320,8 @@ def study_arms(
     control: bool = True,  # an arm that is dense from the start
 ) -> list[Arm]:
     "Experts, and the dense model of the width that they are distilled to."
-    if not isinstance(config.model, ModelConfig) or not config.model.n_routed_experts:
-        having = [p for p in PRESETS if getattr(get_config(p).model, "n_routed_experts", 0)]
+    if not _has_experts(config):
+        having = [p for p in PRESETS if _has_experts(get_config(p))]
         raise ConfigError(f"model {config.name!r} has no experts; of the presets {', '.join(having)} have")
     shape = dense_shape(config.model, width)
     return [Arm("experts", config=config), *([Arm("dense", config=replace(config, model=shape))] if control else [])]
@@ -338,6 +342,15 @@ class Conversion:
     def losses(self, name: str) -> dict[int, float]:
         "The loss of a stage by seed, nats a token."
         return {seed: rows[name]["nats a token"] for seed, rows in self.stages.items() if name in rows}
+
+    def ppl(
+        self,
+        name: str,
+        seeds: Iterable[int] | None = None,  # None: all
+    ) -> float:
+        "The perplexity of a stage: the geometric mean over seeds."
+        losses = self.losses(name)
+        return math.exp(min(float(np.mean([losses[seed] for seed in (losses if seeds is None else seeds)])), 700))
 
     def d(self, name: str, base: str = EXPERTS) -> dict[int, float]:
         "What a stage loses against another one, by seed, nats."
@@ -379,6 +392,7 @@ def _converted(folder: Path, cache: Path, steps: int, lr: float, width: int, log
     if not kept.is_file():
         log(f"{target.name}:")
         distill_run(folder, target, steps, lr, width, cache, log=log)
+        return target, json.loads(kept.read_text())
     found = json.loads(kept.read_text())
     if found["weights"] != tensor_hash(_read_model(folder, "cpu").state_dict()):
         raise RunError(f"{target} was made from other weights than {folder.name} has now: remove it", BAD_DATA)
@@ -396,12 +410,14 @@ def convert(
     "Distil every finished run with experts, as far as that is not done, and time the first; nothing while the study is unfinished."
     check_fit(steps, lr, rounds)
     place, stages, errors, seconds = in_checkout(folder), {}, {}, {}
-    for e in study.entries if study.status == "done" else ():
-        if e.outcome[0] != "done":
-            continue
-        path, c = place / e.name, e.run.config
-        valid = list(prepare(c.data, c.model.vocab_size, c.train.seq_len, place / "cache")
-                     .valid_batches(c.train.batch_size, c.train.seq_len, c.train.eval_batches))
+    entries = [e for e in study.entries if e.outcome[0] == "done"] if study.status == "done" else []
+    if not entries:
+        return Conversion(study, stages, errors, seconds)
+    c = entries[0].run.config  # all arms have the same text, in the same batches
+    valid = list(prepare(c.data, c.model.vocab_size, c.train.seq_len, place / "cache")
+                 .valid_batches(c.train.batch_size, c.train.seq_len, c.train.eval_batches))
+    for e in entries:
+        path = place / e.name
         if e.arm == "experts":
             target, found = _converted(path, place / "cache", steps, lr, width, log)
             stages.setdefault(e.seed, {}).update({row["stage"]: row for row in found["stages"]})
@@ -413,7 +429,7 @@ def convert(
                 stages.setdefault(e.seed, {})[DENSE] = _stage(DENSE, evaluate(model, valid, model.device), model)
     return Conversion(study, stages, errors, seconds)
 
-# %% ../nbs/31_dense.ipynb #ec5236b2
+# %% ../nbs/31_dense.ipynb #fffd1994
 def _crude(c: Conversion) -> str:
     "What replaces the experts without any fitting."
     return SHARED if SHARED in c.names else JOINED
@@ -433,7 +449,7 @@ def findings(c: Conversion) -> list[Finding]:
             ("worth it", "the distilled network predicts better than a dense one that read the text", FITTED, DENSE, less, 0.0, False)):
         d, missing = c.d(stage, base), [name for name in (stage, base) if name not in names]
         lost = [f"there is no model '{name}'" for name in missing] or [f"no pair of seed {seed}" for seed in plan.seeds if seed not in d]
-        ours, theirs = (math.exp(min(float(np.mean([c.losses(s)[seed] for seed in d])), 700)) if d else math.nan for s in (stage, base))
+        ours, theirs = (c.ppl(s, d) if d else math.nan for s in (stage, base))
         said = f"PPL {ours:.4g} of {stage}, {theirs:.4g} of {base}: {ours / theirs - 1:+.1%}" if d else ""
         if decides and not _could_fail(c):
             lost.append(f"'{_crude(c)}' loses no more than the margin either: there was nothing to lose")
@@ -465,7 +481,7 @@ def stages_table(c: Conversion) -> Table:
         low, high = map(float, t_interval(list(d.values()), c.study.plan.alpha)[2:]) if len(d) > 1 and name != EXPERTS else (None, None)
         mine = [seed[name] for seed in c.stages.values() if name in seed]
         left = [row["left of the variance"] for row in mine if row["left of the variance"] is not None]
-        rows.append({"stage": name, "parameters": mine[0]["parameters"], "nats a token": mean, "PPL": math.exp(min(mean, 700)),
+        rows.append({"stage": name, "parameters": mine[0]["parameters"], "nats a token": mean, "PPL": c.ppl(name),
                      "d (nats)": float(np.mean(list(d.values()))) if d and name != EXPERTS else None, "from": low, "to": high,
                      "seeds": len(mine), "left of the variance": float(np.mean(left)) if left else None})
     formats = {"parameters": "{:,}", "nats a token": "{:.4f}", "PPL": "{:.4g}", "left of the variance": "{:.1%}"}
@@ -492,7 +508,7 @@ def serving_table(c: Conversion) -> Table:
             ratio = np.log(by_stage[stage]) - np.log(by_stage[FITTED])
             ends = t_interval(ratio, c.study.plan.alpha)[2:] if len(ratio) > 1 and stage != FITTED else (None, None)
             low, high = (None if x is None else math.exp(float(x)) for x in ends)
-            rows.append({"task": task, "model": stage, "milliseconds": 1e3 * math.exp(float(np.mean(np.log(by_stage[stage])))),
+            rows.append({"task": task, "model": stage, "milliseconds": 1e3 * statistics.geometric_mean(by_stage[stage]),
                          "over the dense network's": math.exp(float(np.mean(ratio))), "from": low, "to": high, "turns": len(ratio)})
     return Table(rows, {"milliseconds": "{:.1f}"} | dict.fromkeys(("over the dense network's", "from", "to"), "{:.2f}"))
 
@@ -509,15 +525,16 @@ def draw_stages(c: Conversion) -> Figure:
         ax.plot(*zip(*joined, strict=True), color=GREY, lw=0.7, alpha=0.35)
     for y, name in enumerate(c.names):
         values, color = [math.exp(min(x, 700)) for x in c.losses(name).values()], colors.get(name, RED)
-        mean = math.exp(float(np.mean(np.log(values))))
+        mean = c.ppl(name)
         ax.plot(values, [y] * len(values), "o", color=color, ms=5, alpha=0.4, mec="none")
         ax.plot(mean, y, "D", color=color, ms=6)
         ax.annotate(f"{mean:.4g}", (max(values), y), xytext=(9, 0), textcoords="offset points", va="center", color=color, fontsize=9,
                     bbox={"fc": "white", "ec": "none", "pad": 0.5})
-    base = math.exp(float(np.mean(list(c.losses(EXPERTS).values()))))
-    for x, style in ((base, "-"), (base * math.exp(c.study.plan.margin), "--")):
+    base = c.ppl(EXPERTS)
+    margin = base * math.exp(c.study.plan.margin)
+    for x, style in ((base, "-"), (margin, "--")):
         ax.axvline(x, color=GREY, lw=0.8, ls=style)
-    ax.annotate("margin over the experts", (base * math.exp(c.study.plan.margin), 1), xycoords=("data", "axes fraction"), xytext=(3, -2),
+    ax.annotate("margin over the experts", (margin, 1), xycoords=("data", "axes fraction"), xytext=(3, -2),
                 textcoords="offset points", va="top", color=GREY, fontsize=8)
     ax.set(xscale="log", xlabel="validation perplexity", yticks=range(len(c.names)), yticklabels=c.names)
     ax.invert_yaxis()
@@ -531,7 +548,7 @@ def draw_stages(c: Conversion) -> Figure:
 
 def plot_stages(c: Conversion) -> Picture:
     "The stages as a picture."
-    said = [f"{name} {math.exp(min(float(np.mean(list(c.losses(name).values()))), 700)):.4g}" for name in c.names]
+    said = [f"{name} {c.ppl(name):.4g}" for name in c.names]
     return Picture(draw_stages(c), f"PPL: {', '.join(said) or 'no model is distilled yet'}")
 
 # %% ../nbs/31_dense.ipynb #bc3196b8

@@ -268,7 +268,7 @@ def judge_region(
         return "PASS"
     return "FAIL" if lower >= high or upper <= low else "INCONCLUSIVE"
 
-# %% ../nbs/21_freeze.ipynb #2099c56d
+# %% ../nbs/21_freeze.ipynb #ce9f06e0
 class Claim(NamedTuple):
     "A hypothesis about pairs of runs."
     name: str
@@ -312,7 +312,7 @@ class Finding:
         what: str = "d",  # that has the mean
     ) -> str:
         "Verdict, mean and interval."
-        ends = f" ({self.interval[0]:+.4f} to {self.interval[1]:+.4f})" if self.interval else ""
+        ends = f" ({_interval(self.interval)})" if self.interval else ""
         return f"{self.verdict}, {what} {self.mean:+.4f}{ends}" if self.d else self.verdict
 
 def judge_pairs(
