@@ -259,20 +259,23 @@ def _layer_bytes(config: Config, c: int, fused: bool) -> float:
     noise = 2 * m.d_model * (1 if fused else c) if m.dropout else 0
     return c * (2 + inputs) * m.d_model + ffn + 16 + _attention_bytes(config, c, fused) + _adapter_bytes(config, c) + noise
 
-# %% ../nbs/12_account.ipynb #c469aa18
-def _state_bytes(config: Config) -> dict[str, int]:
+# %% ../nbs/12_account.ipynb #eeb623d6
+def _state_bytes(config: Config, adapters: int = 0) -> dict[str, int]:
     "What the optimizer keeps, under its name."
     if config.train.optimizer == "adamw":
-        return {"AdamW moments": 8 * count_params(config).trainable}
+        return {"AdamW moments": 8 * (adapters or count_params(config).trainable)}
+    if adapters:
+        return {"Adafactor factors": 4 * adapters}  # at most
     shapes = [(r.count, r.shape) for r in param_rows(config) if not r.frozen]
     return {"Adafactor factors": 4 * sum(n // s[-1] + n // s[-2] if len(s) > 1 else n for n, s in shapes)}
 
-# %% ../nbs/12_account.ipynb #fd012fb6
+# %% ../nbs/12_account.ipynb #12df43b1
 def memory(
     config: Config,
     precision: str | None = None,  # 'fp32', 'bf16' or 'fp16'; None: the configuration's, where 'auto' counts as bf16
     device_type: str = "cuda",  # 'cuda': fused attention; 'cpu': attention by blocks
     chunked_loss: bool = True,  # False: all logits at once, as most implementations hold them
+    adapters: int = 0,  # parameters of adapters, where they alone are trained
 ) -> dict[str, int]:  # bytes by part
     "The memory of a training step on one device, all parts at once."
     m, t, params = config.model, config.train, count_params(config)
@@ -285,11 +288,11 @@ def memory(
                    if (len(r.shape) == 2 and not r.module.startswith("embedding")) or "experts" in r.module)
     rows = min(LOSS_ROWS, tokens) if chunked_loss else tokens
     return {
-        "weights": 4 * params.trainable,
+        "weights": 4 * (params.trainable + adapters),
         "frozen weights": 4 * params.frozen,
         "half-precision copies": 2 * (matrices + m.vocab_size * m.d_model * m.tie_embeddings) if c == 2 else 0,
-        "gradients": 4 * params.trainable,
-        **_state_bytes(config),
+        "gradients": 4 * (adapters or params.trainable),
+        **_state_bytes(config, adapters),
         "activations": round((layers + inputs + ends) * tokens),
         "logits": m.vocab_size * (rows * (12 + (c if c == 2 else 0)) + 4 * m.d_model),
     }

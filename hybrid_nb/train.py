@@ -394,7 +394,7 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     return total, norm, overflow
 
-# %% ../nbs/15_train.ipynb #df5e9ce3
+# %% ../nbs/15_train.ipynb #e9afabde
 def device_memory(device: torch.device) -> int:  # bytes
     "All memory of a GPU, or of this machine."
     if device.type == "cuda":
@@ -407,12 +407,10 @@ def check_memory(
     parts: dict[str, int] | None = None,  # bytes; None: those of `memory`
 ):
     "Raise unless weights, gradients and optimizer state fit the device; activations are not counted."
-    parts, have = parts or memory(config, device_type=device.type), device_memory(device)
+    tuned = config.finetune is not None and config.finetune.rank
+    adapters = importlib.import_module(OBJECTIVES["finetune"]).adapter_count(config) if tuned else 0
+    parts, have = parts or memory(config, device_type=device.type, adapters=adapters), device_memory(device)
     need = {name: size for name, size in parts.items() if name not in ("half-precision copies", "activations", "logits")}
-    if config.finetune is not None and config.finetune.rank:
-        adapters = importlib.import_module(OBJECTIVES["finetune"]).adapter_count(config)
-        trained = {"gradients": 4, "AdamW moments": 8, "Adafactor factors": 4}  # bytes a parameter, at most
-        need |= {name: size * adapters for name, size in trained.items() if name in need} | {"weights": need["weights"] + 4 * adapters}
     if sum(need.values()) > have:
         sizes = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items() if size)
         raise RunError(f"{config.name} needs {sum(need.values()) / GIB:.1f} GiB ({sizes}) before its first activation, "
