@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from driver import one_thread
 from transformers import DynamicCache, StaticCache
 
 from hybrid_nb import decoder as decoder_module
@@ -34,6 +35,12 @@ SHAPES = {
 every_shape = pytest.mark.parametrize("name", SHAPES)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def alone():
+    with one_thread():
+        yield
+
+
 def build(name, dtype=torch.float32, **values):
     torch.manual_seed(0)
     model = make_model(SHAPES[name], **values).to(dtype)
@@ -46,7 +53,7 @@ def build(name, dtype=torch.float32, **values):
 class Packing:
     "Rows of texts, with padding anywhere between them and anything in it."
 
-    def __init__(self, seed, rows=3, padded=False, apart=True):
+    def __init__(self, seed, rows=3, padded=False):
         g = torch.Generator().manual_seed(seed)
 
         def draw(low, high):
@@ -54,32 +61,21 @@ class Packing:
 
         self.texts, lines = [], []
         for b in range(rows):
-            ids, positions, keep = [], [], []
-
-            def pad(n):
-                ids.extend(draw(0, 61) for _ in range(n))
-                positions.extend(draw(-9, 99) for _ in range(n))
-                keep.extend([0] * n)
-
+            line = []  # word, position, whether it is real
             for _ in range(draw(1, 6)):
-                pad(draw(0, 4) if padded and apart else 0)
+                line += [(draw(0, 61), draw(-9, 99), 0) for _ in range(draw(0, 4) if padded else 0)]
                 length = draw(1, 15)
                 first = draw(0, 2) * draw(0, LIMIT - length)  # a text may begin at any position
-                if positions and keep[-1] and first == positions[-1] + 1:
-                    first = 0
-                self.texts.append((b, len(ids), length, first))
-                ids.extend(draw(0, 61) for _ in range(length))
-                positions.extend(range(first, first + length))
-                keep.extend([1] * length)
-            lines.append((ids, positions, keep))
-        width = max(len(ids) for ids, *_ in lines)
-        padded_lines = []
+                first = 0 if line and line[-1][2] and first == line[-1][1] + 1 else first
+                self.texts.append((b, len(line), length, first))
+                line += [(draw(0, 61), first + t, 1) for t in range(length)]
+            lines.append(line)
+        width = max(map(len, lines))
         for b, line in enumerate(lines):
-            n = width - len(line[0])
-            left = n if not padded else draw(0, n + 1)
+            left = draw(0, width - len(line) + 1) if padded else width - len(line)
             self.texts = [(row, at + left * (row == b), length, first) for row, at, length, first in self.texts]
-            padded_lines.append([[0] * left + part + [0] * (n - left) for part in line])
-        self.ids, self.positions, keep = (torch.tensor(part) for part in zip(*padded_lines, strict=True))
+            line[:] = [(0, 0, 0)] * left + line + [(0, 0, 0)] * (width - len(line) - left)
+        self.ids, self.positions, keep = torch.tensor(lines).unbind(-1)
         self.keep = keep.bool()
         self.mask = None if keep.all() else keep
 
@@ -88,7 +84,7 @@ class Packing:
             yield b, slice(at, at + length), self.ids[b : b + 1, at : at + length], torch.arange(first, first + length)[None]
 
 
-def packings(n=6):
+def packings(n=4):
     for seed in range(n):
         yield Packing(seed, rows=1 + seed % 3, padded=seed % 2 == 1)
         one = Packing(100 + seed, rows=1)
@@ -98,7 +94,8 @@ def packings(n=6):
 
 
 def same(got, want, eps=3e-5):
-    assert torch.allclose(got.float(), want.float(), atol=eps * max(1.0, float(want.detach().abs().max())), rtol=0), float((got - want).detach().abs().max())
+    far = float((got - want).detach().abs().max())
+    assert far <= eps * max(1.0, float(want.detach().abs().max())), far
 
 
 def ignore_boundaries(monkeypatch):
@@ -157,7 +154,7 @@ def fresh_caches(model):
 @every_shape
 def test_pieces(name):
     model = build(name)
-    for seed, pack in enumerate(packings(4)):
+    for seed, pack in enumerate(packings(3)):
         T = pack.ids.shape[1]
         g = torch.Generator().manual_seed(seed)
         cuts = [[], list(range(1, T)), sorted(set(torch.randint(1, max(T, 2), (3,), generator=g).tolist()) - {T})][seed % 3]
@@ -179,7 +176,7 @@ def test_loss_and_gradients(name, monkeypatch):
             loss += out.loss.item()
         return torch.tensor(loss), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    for seed, pack in enumerate(packings(3)):
+    for pack in packings(3):
         alone = [(ids, dict(position_ids=at)) for *_, ids, at in pack.alone() if ids.shape[1] > 1]
         n = sum(ids.shape[1] - 1 for ids, _ in alone)
         together = [(pack.ids, dict(position_ids=pack.positions, attention_mask=pack.mask))]
@@ -204,8 +201,8 @@ def shortened(pack, room):
 @every_shape
 def test_generation(name):
     model = build(name)
-    packs = [p for seed in range(60) for p in [Packing(seed, rows=1 + seed % 2)] if shortened(p, 6)][:4]
-    assert len(packs) == 4 and any(p.mask is not None for p in packs)
+    packs = [p for seed in range(60) for p in [Packing(seed, rows=1 + seed % 2)] if shortened(p, 6)][:3]
+    assert len(packs) == 3 and any(p.mask is not None for p in packs)
     for pack in packs:
         last = {b: (ids, at) for b, _, ids, at in pack.alone()}
         for how in (dict(), dict(use_cache=False), dict(num_beams=3), dict(prefill_chunk_size=5),
@@ -273,6 +270,8 @@ def test_recomputed_and_compiled(name):
         model(pack.ids, **how).loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     same(*grads)
+    if name in ("gpt", "experts"):
+        return  # compiling takes seconds
     model = build(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     how.pop("labels")
@@ -285,7 +284,8 @@ def test_llama_agrees():
         llama = to_llama(model).eval()
         for pack in packings(4):
             if pack.mask is None:
-                same(model(pack.ids, position_ids=pack.positions).logits, llama(pack.ids, position_ids=pack.positions, use_cache=False).logits)
+                how = dict(position_ids=pack.positions, use_cache=False)
+                same(model(pack.ids, **how).logits, llama(pack.ids, **how).logits)
 
 
 @every_shape
@@ -329,4 +329,5 @@ def test_configuration_decides(name):
     assert isinstance(model(ids, labels=ids), tuple) and model(ids, labels=ids)[0].dim() == 0
     assert not isinstance(model(ids, return_dict=True), tuple)
     assert model.base_model_prefix == "model"
-    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, :9], ids)
+    written = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    assert torch.equal(written.sequences[:, :9], ids)
