@@ -37,11 +37,12 @@ from .data import END, Document, TokenData, corpus, load_tokenizer, prepare, pub
 from .decoder import DecoderForCausalLM, DecoderPreTrainedModel
 from .evaluate import evaluate, sample_text
 from .hybrid import make_model
+from .rates import DTYPES
 from .report import GREY, Picture, Table, as_results, because_table, check_bundle
 from .runs import BAD_DATA, Run, RunError, checkpoints, io_errors, write_json
 from .study import PALETTE, Arm, Study
 from .teacher import Teacher, load_teacher
-from .train import DTYPES, Objective, World
+from .train import Objective, World
 
 # %% ../nbs/26_finetune.ipynb #ddafa28b
 UNCALLED = ("lm_head", "dt_proj")  # linear maps whose weight is read without calling them

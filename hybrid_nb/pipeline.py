@@ -1287,52 +1287,37 @@ Any of them, or the path of a YAML file, is what MODEL stands for elsewhere.
 """
     print(_columns(preset_rows()))
 
-# %% ../nbs/18_pipeline.ipynb #4fa780ed
-def _duration(seconds: float) -> str:
-    "A duration with one unit."
-    for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} seconds"
-
 # %% ../nbs/18_pipeline.ipynb #5cd45888
 def _cost_row(name: str, config, rate: float) -> dict[str, Any]:
     "What a configuration costs, as a row."
-    from hybrid_nb.account import GIB, count_params, flops_per_token, run_seconds, run_tokens, total_memory
+    from hybrid_nb.account import GIB, count_params, duration_text, flops_per_token, run_seconds, run_tokens, total_memory
 
     t, count = config.train, count_params(config)
     return {"": name, "trainable": count.trainable, "frozen": count.frozen, "steps": t.steps,
             "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "tokens": run_tokens(config),
             "FLOPs a token": f"{flops_per_token(config).total:.2e}", "memory GiB": round(total_memory(config) / GIB, 2),
-            "time here": _duration(run_seconds(config, rate))}
+            "time here": duration_text(run_seconds(config, rate))}
 
 def plan_text(
     plan,  # account.RunPlan
     rate: float,  # FLOP/s of matrix products on this machine
+    slow: str = "",  # why it is no higher, where there is a reason
 ) -> str:
     "What a run will cost here, and what its whole schedule would cost on named GPUs."
-    from hybrid_nb.account import ASSUMED_MFU, plan_rows
+    from hybrid_nb.account import ASSUMED_MFU, plan_rows, run_seconds
+    from hybrid_nb.rates import rate_text
 
     rows = [_cost_row("this run", plan.config, rate)]
     rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []
     fits = {True: "yes", False: "no"}
     gpus = [row | {"hours": round(row["hours"], 1), "fits": fits[row["fits"]]} for row in plan_rows(plan.whole)]
-    note = f"time here: {ASSUMED_MFU:.0%} of {rate / 1e9:,.0f} GFLOP/s in matrix products; evaluation is not counted"
+    note = f"time here: {ASSUMED_MFU:.0%} of {rate_text(rate)} in matrix products; evaluation is not counted"
+    reasons = [slow, "the whole schedule was made for GPUs" if run_seconds(plan.whole, rate) > 31_557_600 else ""]
+    note += "".join(f"; {reason}" for reason in reasons if reason)
     parts = [plan.trial, f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
     return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_pipeline.ipynb #4fb90e12
-def _rate_for(config, device: str | None) -> float:
-    "The measured rate of matrix products of the precision that a run would take here, FLOP/s."
-    import torch
-
-    from hybrid_nb.account import default_device
-    from hybrid_nb.train import fast_float32, resolve
-
-    device = device or default_device()
-    with fast_float32(device):
-        return resolve(config, torch.device(device)).matmul_flops
-
 @app.command(context_settings=_ANY, options_metavar="MODEL [-p PARAMETER VALUE]...")
 def plan(ctx: typer.Context):
     """Say what a run will cost, before it: parameters, memory, FLOPs, time.
@@ -1341,30 +1326,32 @@ def plan(ctx: typer.Context):
 hnb plan large
 hnb plan base -p steps 1000 -p full true
 """
-    from hybrid_nb.account import plan_run
+    from hybrid_nb.account import default_device, plan_run
+    from hybrid_nb.rates import emulation_note, precision_rate, settle_precision
 
     model, parameters = _words(ctx, "MODEL")
-    wanted = plan_run(model, **parameters)
-    print(plan_text(wanted, _rate_for(wanted.config, parameters.get("device"))))
+    wanted, device = plan_run(model, **parameters), parameters.get("device") or default_device()
+    precision = settle_precision(wanted.config.train.precision, device)
+    print(plan_text(wanted, precision_rate(precision, device), emulation_note(precision, device)))
+
 
 # %% ../nbs/18_pipeline.ipynb #77800d3d
 def _torch_rows() -> list[tuple[str, str]]:
     "Devices, and the measured rates of their matrix products."
     import torch
 
-    from hybrid_nb.train import fast_float32, matmul_rate
+    from hybrid_nb.rates import assumed_rates, emulation_note, matmul_rate, precision_rate, rate_text
 
-    def rate(dtype, device="cpu"):
-        return f"{matmul_rate(dtype, device) / 1e9:,.0f} GFLOP/s"
+    def rate(precision, device="cpu"):
+        note = emulation_note(precision, device)
+        return rate_text(precision_rate(precision, device)) + (", emulated: no run takes it by itself" if note else "")
 
-    rows = [("threads", str(torch.get_num_threads())), ("float32, as PyTorch comes", rate(torch.float32))]
-    with fast_float32("cpu"):
-        rows += [("float32, as trained here", rate(torch.float32))]
-    rows += [("bfloat16", rate(torch.bfloat16))]
+    rows = [("threads", str(torch.get_num_threads())), ("float32, as PyTorch comes", rate_text(matmul_rate(torch.float32))),
+            ("float32, as trained here", rate("fp32")), ("bfloat16", rate("bf16"))]
+    rows += [("rates assumed, not measured", ", ".join(assumed_rates()))] if assumed_rates() else []
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        rows += [(f"GPU {i}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, "
-                              f"bfloat16 {rate(torch.bfloat16, f'cuda:{i}')}")]
+        rows += [(f"GPU {i}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, bfloat16 {rate('bf16', f'cuda:{i}')}")]
     return rows if torch.cuda.device_count() else [*rows, ("GPU", "none: runs take the CPU")]
 
 # %% ../nbs/18_pipeline.ipynb #457a4a33

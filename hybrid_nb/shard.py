@@ -54,10 +54,11 @@ from hybrid_nb.config import (
 from .decoder import checkpoint_activations
 from .hybrid import make_model
 from .orthogonal import seeded_weights
+from .rates import fast_float32
 from .report import Table, as_results, check_bundle
 from .runs import BAD_DATA, RunError, claim_folder, forget_after, latest_checkpoint, load_run, save_checkpoint
 from .study import t_interval
-from .train import World, fast_float32, join_world, leave, make_optimizer, update
+from .train import World, join_world, leave, make_optimizer, update
 
 # %% ../nbs/27_shard.ipynb #5ad1b62b
 MODES = ("ddp", "zero1", "zero2", "zero3", "tp2")
