@@ -566,6 +566,9 @@ def read_info(path: Path) -> dict[str, Any]:
     for name, kind in (_INFO | _LATER_INFO).items():
         if name in _INFO and name not in info or not isinstance(info.get(name), kind | None if name in _LATER_INFO else kind):
             raise RunError(f"{path} is damaged: {name} is {str(info.get(name, 'missing'))[:80]}", BAD_DATA)
+    for name in ("world_size", "global_batch"):
+        if not 0 < (info.get(name) or 1) < 1 << 31:
+            raise RunError(f"{path} is damaged: {name} is {str(info[name])[:80]}", BAD_DATA)
     return info
 
 def load_run(path: str | Path) -> Run:

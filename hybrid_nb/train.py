@@ -647,7 +647,7 @@ def split_batch(
     "The share that each of several processes has in a global batch."
     share, rest = divmod(windows, processes)
     if rest or not share:
-        fit = sorted((n for n in range(1, windows + 1) if windows % n == 0), key=lambda n: abs(n - processes))[:6]
+        fit = sorted((n for n in range(1, 8 * processes) if windows % n == 0), key=lambda n: abs(n - processes))[:6]
         raise RunError(f"{processes} processes cannot share the {windows} windows of an update of this run evenly; "
                        f"{', '.join(map(str, sorted(fit)))} can")
     size = next(n for n in range(min(config.batch_size, share), 0, -1) if share % n == 0)
