@@ -18,7 +18,6 @@ import atexit
 import base64
 import contextlib
 import copy
-import fcntl
 import hashlib
 import html
 import importlib
@@ -52,22 +51,15 @@ from hybrid_nb.runs import (
     check_name,
     check_space,
     checkout,
+    foreseen,
     in_checkout,
     io_errors,
+    last_words,
     load_run,
     replace_file,
+    take_lock,
 )
-
-# %% ../nbs/18_pipeline.ipynb #56992481
-def _line(text: Any) -> str:
-    "The first line of a message that has something on it."
-    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
-
-def _exit_code(error: BaseException) -> int:
-    "The process's exit code for an error; a plain ValueError is the user's data."
-    if isinstance(error, OSError):
-        return IO
-    return getattr(error, "exit_code", BAD_DATA if isinstance(error, ValueError) else 1)
+from .runs import first_line as _line
 
 # %% ../nbs/18_pipeline.ipynb #9eacf3b2
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
@@ -274,20 +266,6 @@ def papermill_command(
     program = Path(argv[0]) if argv else Path()
     return program.name in ("papermill", "papermill.exe") or program.parts[-2:] == ("papermill", "__main__.py")
 
-# %% ../nbs/18_pipeline.ipynb #ce6b62f1
-def _locked(path: Path):
-    "The file at a path, opened and locked; RunError where it is held."
-    while True:
-        file = open(path, "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise RunError(f"another process is making {path.name[5:-5]}") from None
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
-        file.close()
-
 # %% ../nbs/18_pipeline.ipynb #52dd4418
 class Claim:
     "The place of a report, held by this process."
@@ -304,13 +282,15 @@ class Claim:
         if free < self.SPACE:
             raise RunError(f"{report.parent} has {free >> 20} MiB free; a report needs {self.SPACE >> 20}", IO)
         with io_errors(f"cannot write to {report.parent}"):
-            self.file = _locked(self.path)
+            self.lock = take_lock(self.path, 0.1)
+        if self.lock is None:
+            raise RunError(f"another process is making {report.name}")
 
     def release(self):
         "Gives the name back."
-        if not self.file.closed:
+        if self.lock.is_locked:
             self.path.unlink(missing_ok=True)
-            self.file.close()
+            self.lock.release()
 
 # %% ../nbs/18_pipeline.ipynb #9ff908a7
 def claim_free(
@@ -401,7 +381,7 @@ def redact(
         text = text.replace(value, "[redacted]")
     text = _USER_IN_URL.sub(r"\1", _SECRET_FORM.sub("[redacted]", text))
     text = _CELL_FILE.sub("<cell>", text)
-    for folder, short in ((root or Path.cwd(), "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
+    for folder, short in ((root or Path.cwd(), "."), (Path(sys.prefix), "<python>"), (Path(os.path.expanduser("~")), "~")):
         for path in sorted({str(folder.absolute()), str(folder.resolve())}, key=len, reverse=True):
             if path.count("/") > 1 or short == "~" and path != "/":
                 text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", short, text)
@@ -1118,8 +1098,10 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
 # %% ../nbs/18_pipeline.ipynb #8e5ab5a9
 def _leave(error: BaseException, program: str):
     "Ends the process with one line."
-    print(f"{program}: {redact(_line(error))}", file=sys.stderr)
-    raise SystemExit(_exit_code(error)) from None
+    line, code = last_words(error, clean=redact)
+    line = line.removeprefix(f"{type(error).__name__}: ") if foreseen(error) else line
+    print(f"{program}: {redact(line)}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 class HybridEngine:
     "papermill's engine `hybrid_nb`: checked parameters, a private transport, signals passed on, and the publish rule."
@@ -1143,7 +1125,7 @@ class HybridEngine:
         "Executes a notebook and publishes it at papermill's output path."
         try:
             return _run(nb, kernel_name, nb.metadata.papermill.get("output_path"), options)
-        except (RunError, ConfigError) as error:
+        except Exception as error:
             if not papermill_command(sys.argv, sys.orig_argv):
                 raise
             _leave(error, "papermill")
@@ -1162,7 +1144,7 @@ def _plug_in():
     if papermill_command(sys.argv, sys.orig_argv):
         try:
             typed, sys.argv[:] = [*sys.argv], complete_command(sys.argv)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             _leave(error, "papermill")
         if sys.argv != typed:
             _hush()
@@ -1334,7 +1316,6 @@ hnb plan base -p steps 1000 -p full true
     precision = settle_precision(wanted.config.train.precision, device)
     print(plan_text(wanted, precision_rate(precision, device), emulation_note(precision, device)))
 
-
 # %% ../nbs/18_pipeline.ipynb #77800d3d
 def _torch_rows() -> list[tuple[str, str]]:
     "Devices, and the measured rates of their matrix products."
@@ -1403,24 +1384,25 @@ def sample_run(
     from hybrid_nb.data import END, load_tokenizer, prepare
     from hybrid_nb.evaluate import sample_text
     from hybrid_nb.hybrid import make_model
-    from hybrid_nb.runs import latest_checkpoint
+    from hybrid_nb.runs import latest_checkpoint, tensor_forms
+    from hybrid_nb.train import changed_weights
 
     if run is None:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
         return sample_text(model, load_tokenizer(path), **options)
     config = run.config
-    found, skipped = latest_checkpoint(run.path)
-    if found is None:
-        raise RunError(f"run {run.path.name} has no checkpoint yet", BAD_DATA)
-    for note in skipped:
-        print(f"passed over: {note}", file=sys.stderr)
     kept, cache = run.path / "model" / "tokenizer.json", run.path.parent / "cache"
     if not kept.is_file():
         kept = prepare(config.data, config.model.vocab_size, config.train.seq_len, cache).folder
     tokenizer = load_tokenizer(kept)
     end = tokenizer.token_to_id(END)
     model = make_model(config.model, bos_token_id=end, eos_token_id=end)
+    found, skipped = latest_checkpoint(run.path, lambda c: config.finetune or c.expect("model", tensor_forms(changed_weights(model))))
+    if found is None:
+        raise RunError(f"run {run.path.name} has no checkpoint yet", BAD_DATA)
+    for note in skipped:
+        print(f"passed over: {note}", file=sys.stderr)
     weights = found.groups["model"]
     if config.finetune is not None:  # a checkpoint of adapters holds no other weights; the finished model has them merged
         merged = run.path / "model" / "model.safetensors"
@@ -1583,12 +1565,7 @@ def main():
     "The `hnb` command."
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except KeyboardInterrupt:
-        _leave(RunError("interrupted", STOPPED), "hnb")
-    except (OSError, ValueError) as error:
-        _leave(error, "hnb")
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what the option parser has to say
-            raise
-        _leave(ConfigError(error.format_message()), "hnb")
+    except (Exception, KeyboardInterrupt) as error:
+        told = hasattr(error, "format_message")  # by the option parser
+        _leave(ConfigError(error.format_message()) if told else error, "hnb")
     sys.exit(code)

@@ -481,7 +481,7 @@ def _failures(run, found: dict) -> list[str]:
 def _open_questions(found: dict) -> list[str]:
     "What keeps a run from deciding anything."
     opens = [f"a trial of {found['steps']:,} steps decides nothing of the whole schedule"] if found["trial"] else []
-    if found["status"] in ("stopped", "running"):
+    if found["status"] in ("stopped", "running", "interrupted"):
         opens.append(f"the run is {found['status']} at step {found['steps_done']:,} of {found['steps']:,}")
     missing = [n for n in ("val_loss", "unigram_nats") if found[n] is None]
     return opens + [f"{name} is unknown" for name in missing]

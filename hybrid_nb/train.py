@@ -5,30 +5,33 @@
 # %% auto #0
 __all__ = ['COMPILE_PAYS_FROM', 'MAX_OVERFLOWS', 'OBJECTIVES', 'lr_at', 'parameter_groups', 'Objective', 'make_optimizer',
            'Resolved', 'resolve', 'World', 'join_world', 'whole_tensor', 'shards_like', 'clip_gradients',
-           'stop_requests', 'ignore_signals', 'add_noise', 'update', 'device_memory', 'check_memory', 'dropout_at',
-           'set_dropout', 'memory_gib', 'start_info', 'Progress', 'find_objective', 'train', 'leave', 'progress_line',
+           'stop_requests', 'ignore_signals', 'changed_weights', 'add_noise', 'update', 'device_memory', 'check_memory',
+           'dropout_at', 'set_dropout', 'memory_gib', 'start_info', 'Progress', 'read_progress', 'check_checkpoint',
+           'split_batch', 'global_batch', 'find_objective', 'peers_watched', 'train', 'leave', 'progress_line',
            'ProgressLines', 'main']
 
 # %% ../nbs/15_train.ipynb #4074a3aa
-import argparse
 import hashlib
 import importlib
-import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from dataclasses import asdict as dataclass_dict
-from dataclasses import dataclass, is_dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,28 +47,36 @@ from .hybrid import make_model
 from .orthogonal import parameter_statistics, seeded_weights
 from .rates import DTYPES, emulation_note, fast_float32, precision_rate, settle_precision
 from hybrid_nb.runs import (
-                            BAD_DATA,
-                            IO,
-                            NUMERIC,
-                            STOPPED,
-                            Run,
-                            RunError,
-                            append_record,
-                            check_name,
-                            check_space,
-                            claim_folder,
-                            code_state,
-                            forget_after,
-                            io_errors,
-                            latest_checkpoint,
-                            load_run,
-                            lock_hash,
-                            locked,
-                            machine,
-                            save_checkpoint,
-                            tensor_hash,
-                            versions,
-                            write_json,
+    BAD_DATA,
+    NUMERIC,
+    STOPPED,
+    Checkpoint,
+    Parser,
+    Run,
+    RunError,
+    append_record,
+    check_name,
+    check_space,
+    checkpoints,
+    claim_folder,
+    code_state,
+    first_line,
+    foreseen,
+    forget_after,
+    io_errors,
+    last_words,
+    latest_checkpoint,
+    load_run,
+    lock_hash,
+    locked,
+    machine,
+    read_info,
+    remove,
+    save_checkpoint,
+    tensor_forms,
+    tensor_hash,
+    versions,
+    write_json,
 )
 from .ssm import scan_kernel
 
@@ -167,20 +178,51 @@ def resolve(config: Config, device: torch.device) -> Resolved:
     scan = scan_kernel(device) if isinstance(config.model, HybridConfig) else None
     return Resolved(device.type, name, precision, compiled, "sdpa" if cuda else "blocks", torch.get_num_threads(), rate, scan)
 
+def _resolved(values: dict[str, Any], path: Path) -> Resolved:
+    "What a run.json says the machine decided."
+    hints = {f.name: f.type for f in fields(Resolved)}
+    missing = [f.name for f in fields(Resolved) if f.name not in values and f.default is MISSING]
+    wrong = [n for n, v in values.items() if n not in hints or not isinstance(v, float | int if hints[n] is float else hints[n])]
+    if missing or wrong or values["precision"] not in DTYPES:
+        raise RunError(f"{path} is damaged: resolved has {str(values):.200}", BAD_DATA)
+    return Resolved(**values)
+
 # %% ../nbs/15_train.ipynb #775764b0
 @dataclass(frozen=True)
 class World:
     "This process among the others."
     rank: int
     size: int
+    copies: int = 1  # processes that do the same work on the same batches as this one, itself included
+    peers: tuple[tuple[str, int], ...] = ()  # host and process number of each, by rank, where there are several
+
+    @property
+    def processes(self) -> int:
+        "All of them."
+        return self.size * self.copies
+
+    def reduce(self, t: Tensor) -> Tensor:  # on the device that trains
+        "Sums over all that do different work; whatever any process has of NaN or infinity, all get."
+        if self.processes > 1:
+            dist.all_reduce(t)
+            t /= self.copies
+        return t
 
     def sum(self, *values: float) -> list[float]:
-        "Sums over all processes, in float64."
-        if self.size == 1:
-            return list(values)
-        t = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(t)
-        return t.tolist()
+        "As `reduce`, of numbers, in float64."
+        kind = "cuda" if self.processes > 1 and dist.get_backend() == "nccl" else "cpu"
+        return self.reduce(torch.tensor(values, dtype=torch.float64, device=kind)).tolist()
+
+    def share(self, value: Any) -> Any:
+        "The first process's value, on all."
+        values = [value]
+        if self.processes > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def all_agree(self, ok: bool) -> bool:
+        "Whether all processes say so."
+        return self.sum(float(not ok))[0] == 0
 
 def join_world(device: str | None = None) -> tuple[World, torch.device]:
     "Join the processes that torchrun started, if it did, and pick this one's device."
@@ -188,8 +230,14 @@ def join_world(device: str | None = None) -> tuple[World, torch.device]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    rank = dist.get_rank() if size > 1 else 0
-    return World(rank, size), torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+    place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+    if size == 1:
+        return World(0, 1), place
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    peers = [("", 0)] * size
+    dist.all_gather_object(peers, (socket.gethostname(), os.getpid()))
+    return World(dist.get_rank(), size, peers=tuple(peers)), place
 
 # %% ../nbs/15_train.ipynb #01e3d92a
 def whole_tensor(t: Tensor) -> Tensor:
@@ -210,15 +258,15 @@ def shards_like(
 def clip_gradients(
     params: list[Tensor],
     most: float,  # norm after clipping
-) -> float:  # before
+) -> Tensor:  # before
     "Scale gradients to a norm of at most `most`; some may be in shards and others whole."
     if not any(hasattr(p, "full_tensor") for p in params):
-        return float(nn.utils.clip_grad_norm_(params, most))
+        return nn.utils.clip_grad_norm_(params, most)
     grads = [p.grad for p in params if p.grad is not None]
     sorts = ([g for g in grads if hasattr(g, "full_tensor") is shards] for shards in (True, False))
-    norm = math.hypot(*(float(whole_tensor(nn.utils.get_total_norm(sort))) for sort in sorts if sort))
+    norm = reduce(torch.hypot, [whole_tensor(nn.utils.get_total_norm(sort)).double() for sort in sorts if sort])
     for g in grads:
-        g.mul_(min(1.0, most / (norm + 1e-6)))
+        (g.to_local() if hasattr(g, "full_tensor") else g).mul_((most / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 # %% ../nbs/15_train.ipynb #adcd17c4
@@ -251,11 +299,15 @@ def ignore_signals(worker: int):
         signal.signal(s, signal.SIG_IGN)
 
 # %% ../nbs/15_train.ipynb #68894db7
-def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    "Everything of model and optimizer that a step changes, as named tensors, each whole."
+def changed_weights(model: nn.Module) -> dict[str, Tensor]:
+    "The weights that a step changes, each once, by name."
     first = {name for name, p in model.named_parameters() if p.requires_grad}
     leave = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
-    weights = {name: _saved(t) for name, t in learned_state(model).items() if name not in leave}
+    return {name: t for name, t in learned_state(model).items() if name not in leave}
+
+def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    "Everything of model and optimizer that a step changes, as named tensors, each whole."
+    weights = {name: _saved(t) for name, t in changed_weights(model).items()}
     states = optimizer.gather() if hasattr(optimizer, "gather") else optimizer.state
     moments = {f"{name}.{key}": _saved(value) for name, p in model.named_parameters() for key, value in states.get(p, {}).items()}
     generators = {"cpu": torch.get_rng_state()}
@@ -341,10 +393,16 @@ def update(
     if config.grad_noise and step >= config.grad_noise_after * config.steps:
         parts = (model,) if objective is None else (model, objective)
         add_noise((p for part in parts for p in part.parameters()), config.grad_noise, config.seed, step)
-    norm = clip_gradients(params, config.grad_clip)
-    if others and not math.isfinite(float(nn.utils.clip_grad_norm_(others, config.grad_clip))):
-        norm = math.nan
-    (total,) = world.sum(float(total))
+    norm = clip_gradients(params, config.grad_clip).double()
+    finite = norm.isfinite()
+    if others:
+        finite &= nn.utils.clip_grad_norm_(others, config.grad_clip).isfinite()
+    agreed = world.reduce(torch.stack([total, (~finite).double()]))
+    norm = torch.where((agreed[1] > 0) & norm.isfinite(), math.nan, norm)
+    if scaler.is_enabled():  # which skips the update where it has found infinity itself
+        for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            found.fill_(agreed[1] > 0)
+    total, norm = torch.stack([agreed[0], norm]).tolist()
     overflow = scaler.is_enabled() and not math.isfinite(norm) and math.isfinite(total)
     if not overflow and not (math.isfinite(total) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
@@ -432,11 +490,101 @@ class Progress:
     loss_count: int = 0
     busy_tokens: int = 0
     busy_s: float = 0.0
+    windows: int = 0  # of the training split that have been read, by all processes
+
+_LATER = {"windows"}  # fields that checkpoints of earlier versions lack
+
+def read_progress(found: Checkpoint, config: TrainConfig) -> Progress:
+    "The progress that a checkpoint holds, if a run can have come so far."
+    state, defaults = found.state.get("progress"), dataclass_dict(Progress())
+    if not isinstance(state, dict) or state.keys() - defaults.keys() or defaults.keys() - state.keys() - _LATER:
+        found.refuse(f"has no progress of {', '.join(defaults)}")
+    for name, value in state.items():
+        kind = type(defaults[name])
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+            found.refuse(f"says {name}={value!r:.80}, which is no {kind.__name__}")
+        if kind is not str and not (abs(value) < 2**63 and (value >= 0 or name == "loss_sum")):
+            found.refuse(f"says {name}={str(value):.80}, which no run has")
+    progress = Progress(**{"windows": state["tokens"] // config.seq_len} | state)
+    if progress.step != found.step or progress.step > config.steps:
+        found.refuse(f"says step={progress.step}, and is of step {found.step} of {config.steps}")
+    if progress.overflows > progress.step or progress.tokens > progress.windows * config.seq_len:
+        found.refuse(f"says overflows={progress.overflows}, tokens={progress.tokens}, windows={progress.windows} at step {progress.step}")
+    if not re.fullmatch(r"[0-9a-f]{64}" if progress.step else r"", progress.data_hash):
+        found.refuse(f"says data_hash={progress.data_hash!r:.80}")
+    return progress
+
+# %% ../nbs/15_train.ipynb #592f85b1
+def _state_forms(name: str, p: Tensor, config: TrainConfig) -> dict[str, list]:
+    "Names and forms of what an optimizer keeps of a parameter."
+    if config.optimizer == "adamw":
+        shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape}
+    elif p.dim() > 1:
+        shapes = {"row_var": (*p.shape[:-1], 1), "col_var": (*p.shape[:-2], 1, p.shape[-1])}
+    else:
+        shapes = {"variance": p.shape}
+    kind = str(p.dtype).removeprefix("torch.")
+    return {f"{name}.step": ["float32"]} | {f"{name}.{key}": [kind, *shape] for key, shape in shapes.items()}
+
+def _check_numbers(found: Checkpoint):
+    "Raise where a tensor holds what no update leaves."
+    for group, tensors in found.groups.items():
+        for name, t in tensors.items():
+            if t.is_floating_point() and not t.isfinite().all():
+                found.refuse(f"holds NaN or infinity in {group}.{name}")
+            if name.endswith(("exp_avg_sq", "row_var", "col_var", "variance")) and (t < 0).any():
+                found.refuse(f"holds a negative square in {group}.{name}")
+    try:
+        torch.Generator().set_state(found.groups["generators"]["cpu"])
+    except RuntimeError as error:
+        found.refuse(f"holds no state of a generator: {str(error).splitlines()[0]}")
+
+def _check_scaler(found: Checkpoint, scaler: torch.amp.GradScaler):
+    "Raise unless a checkpoint has the numbers of fp16's loss scale, where this run has one."
+    state, wants = found.state.get("scaler"), scaler.state_dict()
+    if not isinstance(state, dict) or state.keys() != wants.keys():
+        found.refuse(f"has no scaler of {', '.join(wants) or 'nothing'}")
+    for name, value in state.items():
+        least = 0 if name == "_growth_tracker" else 1e-300
+        if type(value) is not type(wants[name]) or not least <= value < math.inf:
+            found.refuse(f"says {name}={str(value):.80} of its scaler")
+
+def check_checkpoint(
+    found: Checkpoint,
+    config: TrainConfig,
+    windows: int,  # an update
+    scaler: torch.amp.GradScaler,
+    parts: dict[str, nn.Module],  # '' for the model, 'objective' for one that has parameters of its own
+):
+    "Raise unless a checkpoint holds all that resuming needs, in the form in which this run has it."
+    progress, groups = read_progress(found, config), {"generators"}
+    if progress.windows != progress.step * windows:
+        found.refuse(f"has read {progress.windows} windows in {progress.step} updates; this run reads {windows} an update")
+    seeds = tensor_forms({"cpu": torch.get_rng_state()})
+    if "cuda" in found.groups.get("generators", {}):
+        seeds["cuda"] = ["uint8", 16]
+    found.expect("generators", seeds)
+    idle = progress.overflows == progress.step  # no update was made
+    for name, part in parts.items():
+        weights, moments = (name, f"{name}-optimizer") if name else ("model", "optimizer")
+        found.expect(weights, tensor_forms(changed_weights(part)))
+        trained = {} if idle else {n: p for n, p in part.named_parameters() if p.requires_grad}
+        found.expect(moments, {k: form for n, p in trained.items() for k, form in _state_forms(n, p, config).items()})
+        steps = {float(t) for n, t in found.groups.get(moments, {}).items() if n.endswith(".step")}
+        if not (len(steps) <= 1 and all(0 < s <= progress.step and (scaler.is_enabled() or s == progress.step) for s in steps)):
+            found.refuse(f"has updates {sorted(steps)} in {moments} at step {progress.step}")
+        groups |= {weights, moments}
+    if found.groups.keys() != groups:
+        found.refuse(f"has {', '.join(sorted(found.groups))}, not {', '.join(sorted(groups))}")
+    _check_scaler(found, scaler)
+    _check_numbers(found)
 
 # %% ../nbs/15_train.ipynb #9a24f2b3
-def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler, objective: Objective | None) -> tuple[Progress, list[str]]:
-    "Continue from the newest whole checkpoint, if there is one; what was noticed on the way."
-    found, notes = latest_checkpoint(folder)
+def _restore(folder: Path, identity: dict, check: Callable[[Checkpoint], None], world: World, config: TrainConfig, model: nn.Module,
+             optimizer, scaler, objective: Objective | None) -> tuple[Progress, list[str]]:
+    "Continue from the newest checkpoint that all processes can read, if there is one; what was noticed on the way."
+    paths = [folder / "checkpoints" / name for name in world.share([p.name for p in checkpoints(folder)])]
+    found, notes = latest_checkpoint(folder, check, world.all_agree, paths)
     if found is None:
         return Progress(), notes
     for name, value in identity.items():
@@ -448,7 +596,32 @@ def _restore(folder: Path, identity: dict, model: nn.Module, optimizer, scaler, 
         objective.load_state_dict(own["model"])
         _unpack(own | {"generators": found.groups["generators"]}, objective, optimizer)
     scaler.load_state_dict(found.state["scaler"])
-    return Progress(**found.state["progress"]), [*notes, f"continued from step {found.step}"]
+    return read_progress(found, config), [*notes, f"continued from step {found.step}"]
+
+# %% ../nbs/15_train.ipynb #9534e615
+def split_batch(
+    config: TrainConfig,
+    windows: int,  # of an update, by all processes
+    processes: int,  # that read windows of their own
+) -> TrainConfig:  # with the micro-batches of one process
+    "The share that each of several processes has in a global batch."
+    share, rest = divmod(windows, processes)
+    if rest or not share:
+        fit = sorted((n for n in range(1, 8 * processes) if windows % n == 0), key=lambda n: abs(n - processes))[:6]
+        raise RunError(f"{processes} processes cannot share the {windows} windows of an update of this run evenly; "
+                       f"{', '.join(map(str, sorted(fit)))} can")
+    size = next(n for n in range(min(config.batch_size, share), 0, -1) if share % n == 0)
+    return replace(config, batch_size=size, grad_accum=share // size)
+
+def global_batch(
+    info: dict[str, Any] | None,  # run.json of the run that is continued; None: it begins
+    config: TrainConfig,
+    readers: int,  # processes that read windows of their own
+) -> int:  # windows
+    "What all processes of a run read for an update, however many there are: what it began with."
+    info = info or {}
+    before = 1 if info.get("parallel") == "tp2" else info.get("world_size", readers)
+    return info.get("global_batch") or config.batch_size * config.grad_accum * before
 
 # %% ../nbs/15_train.ipynb #9ed5aaf4
 # optional part of a configuration: the module whose `make_objective` builds it
@@ -462,10 +635,10 @@ def find_objective(config: Config, *made) -> Objective | None:
 def _replace_folder(folder: Path, fill: Callable[[Path], None]):
     "Fill a folder under another name, then let it take the place of what was there."
     temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir()
     fill(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     os.rename(temporary, folder)
 
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal,
@@ -473,30 +646,31 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     "Run the updates that remain; returns the state that the run ends in."
     t, main = config.train, world.rank == 0
     readers = world if layout is None else layout.readers  # among the processes that read batches of their own
+    old = read_info(folder / "run.json") if main and (folder / "run.json").exists() else None
+    windows = world.share(global_batch(old, t, readers.size) if main else None)
+    own = split_batch(t, windows, readers.size)
     together = layout is not None and layout.together  # all processes are needed for a forward pass
     data = prepare(config.data, config.model.vocab_size, t.seq_len, cache, verify=True)
     tokenizer = load_tokenizer(data.folder)
     end = tokenizer.token_to_id(END)
     torch.manual_seed(t.seed)
     model = make_model(config.model, bos_token_id=end, eos_token_id=end).to(device).train()
-    objective = find_objective(config, model, data, cache, world, device)
+    objective = find_objective(replace(config, train=own), model, data, cache, world, device)
     size = sum(p.numel() for part in (model, objective) if part is not None for p in part.parameters() if p.requires_grad)
     if main:
         check_space(folder, 3 * 3 * 4 * size)
 
-    settled = [None]
-    if main:
-        old = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else None
-        same = old is not None and old["resolved"]["device"] == device.type
-        settled = [Resolved(**old["resolved"]) if same else resolve(config, device)]
-    if world.size > 1:
-        dist.broadcast_object_list(settled)
-    resolved, notes = settled[0], []
+    before = _resolved(old["resolved"], folder / "run.json") if old else None
+    same = before is not None and before.device == device.type
+    resolved, notes = world.share((before if same else resolve(config, device)) if main else None), []
     if main and (slow := emulation_note(resolved.precision, device)):
         print(f"{slow}; precision=auto takes {settle_precision('auto', device)}", flush=True)
     if main and resolved.scan is not None and resolved.scan != scan_kernel(device):
-        resolved = replace(resolved, scan=scan_kernel(device))
-        notes.append(f"the selective scan's kernel is {resolved.scan} now, {settled[0].scan} before: sums may differ in their last digits")
+        was, resolved = resolved.scan, replace(resolved, scan=scan_kernel(device))
+        notes.append(f"the selective scan's kernel is {resolved.scan} now, {was} before: sums may differ in their last digits")
+    if old and old.get("world_size", world.size) != world.size:
+        notes.append(f"{world.size} processes now, {old['world_size']} before: {windows} windows an update as before, "
+                     f"{own.grad_accum} x {own.batch_size} a process")
     resolved = resolved if layout is None else replace(resolved, compile=False)
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=resolved.precision == "fp16")
     def context(): return torch.autocast(device.type, DTYPES[resolved.precision], enabled=resolved.precision != "fp32")
@@ -506,7 +680,9 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     identity = {"config_hash": config_hash(config), "data": data.fingerprint, "frozen_sha256": frozen}
     identity |= {} if objective is None else {"objective_sha256": objective.sha256}
     sharded, optimizer = (None, make_optimizer(model, t, objective)) if layout is None else layout.shard(model, t)
-    progress, found = _restore(folder, identity, model, optimizer, scaler, objective)
+    parts = {"": model} | ({} if objective is None else {"objective": objective})
+    check = partial(check_checkpoint, config=t, windows=windows, scaler=scaler, parts=parts)
+    progress, found = _restore(folder, identity, check, world, t, model, optimizer, scaler, objective)
     notes += found
     if t.gradient_checkpointing:
         checkpoint_activations(model)
@@ -516,7 +692,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
         net.broadcast_buffers = False  # buffers are frozen weights, alike on all ranks
 
     info = start_info(config, folder, resolved, world, data, trial)
-    info["weights"]["initial"] = initial
+    info["weights"]["initial"], info["global_batch"] = initial, windows
     info |= {} if layout is None else {"parallel": layout.mode}
     if objective is not None:
         info["objective"], info["params"] = objective.info, parameter_statistics(model)._asdict()
@@ -578,21 +754,22 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     if progress.step == 0:
         look()
     stop, first = "", progress.step
-    batches = loader(data, t, progress.step, t.steps, readers.rank, readers.size)
+    batches, whole = loader(data, own, progress.step, t.steps, readers.rank, readers.size), replace(t, batch_size=windows, grad_accum=1)
     batches.worker_init_fn = ignore_signals
     for inputs, targets in batches:
         began, step = time.perf_counter(), progress.step
-        digest = batch_hash(inputs, targets)
+        digest = batch_hash(*((inputs, targets) if readers.size == 1 else data.batch(step, whole))) if main else ""
         if t.late_dropout is not None:
             set_dropout(model, *dropout_at(config, step))
         try:
             loss, norm, overflow = update(net, optimizer, scaler, inputs.to(device, non_blocking=True),
                                           targets.to(device, non_blocking=True), t, step, readers, context, objective)
         except FloatingPointError as error:
-            fail(f"{error} at step {step + 1}, batch {digest[:16]}; the parameters of step {step} are kept")
+            fail(f"{error} at step {step + 1}{digest and f', batch {digest[:16]}'}; the parameters of step {step} are kept")
         spent = time.perf_counter() - began
-        count = t.batch_size * t.grad_accum * t.seq_len * readers.size
+        count = windows * t.seq_len
         progress.step, progress.tokens, progress.elapsed_s = step + 1, progress.tokens + count, progress.elapsed_s + spent
+        progress.windows += windows
         progress.data_hash = hashlib.sha256((progress.data_hash + digest).encode()).hexdigest()
         progress.overflows = progress.overflows + 1 if overflow else 0
         if step > first:  # the first update of a process also loads and compiles
@@ -644,11 +821,44 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
 def _note_failure(folder: Path, error: Exception):
     "Write an unforeseen end into run.json."
     path = folder / "run.json"
-    if path.exists():
-        info = json.loads(path.read_text())
+    with suppress(OSError, RunError):
+        info = read_info(path)
         if info["status"] == "running":
-            with suppress(OSError):
-                write_json(path, info | {"status": "failed", "error": str(error) or type(error).__name__})
+            status = "interrupted" if (foreseen(error) or ("", 1))[1] == STOPPED else "failed"
+            write_json(path, info | {"status": status, "error": first_line(error) or type(error).__name__})
+
+# %% ../nbs/15_train.ipynb #6b2c92f5
+_TALK = re.compile(r"gloo|nccl|process ?group|connection (closed|reset|refused)|TCPStore", re.I)
+
+def _has_ended(pid: int) -> bool:
+    "Whether a process of this machine is gone."
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+def _lost(world: World, wait: float = 2.0) -> str:
+    "Which of the processes of a run have ended, as a line says it; '' where none of this machine has."
+    end = time.monotonic() + wait
+    while True:
+        gone = [rank for rank, (host, pid) in enumerate(world.peers) if host == socket.gethostname() and _has_ended(pid)]
+        if gone or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    return f"process{'es' * (len(gone) > 1)} {', '.join(map(str, gone))} of {world.size}" if gone else ""
+
+@contextmanager
+def peers_watched(world: World) -> Iterator[None]:
+    "Say in one line that another process of a run has ended; they are counted from 0, as torchrun does."
+    try:
+        yield
+    except RuntimeError as error:
+        lost = _lost(world) if world.peers else ""
+        if world.peers and not lost and _TALK.search(str(error)):
+            lost = f"another of {world.size} processes"
+        if lost:
+            raise RunError(f"{lost} ended; the same command continues", STOPPED) from error
+        raise
 
 # %% ../nbs/15_train.ipynb #9566ca35
 def train(
@@ -665,25 +875,26 @@ def train(
     folder = Path(folder)
     check_name(folder.name)
     world, kind = join_world(device)
+    with peers_watched(world):
+        return _train(config, folder, world, kind, on_update, Path(cache), trial, parallel)
+
+def _train(config: Config, folder: Path, world: World, kind: torch.device, on_update, cache: Path, trial: str | None, parallel: str) -> Run:
+    "Train with the processes that have met."
     main, layout = world.rank == 0, None
     if parallel != "ddp":
         layout = importlib.import_module("hybrid_nb.shard").Layout(parallel, config, world, kind)
     check_memory(config, kind, layout and layout.bytes())
     if main:
         claim_folder(folder, config)
-        there, here = json.loads((folder / "config.json").read_text()), asdict(config)
-        for part in OBJECTIVES:
-            if there.get(part) != here.get(part):
-                raise RunError(f"run folder {folder} is of another configuration: "
-                               f"{part} is {there.get(part)} there and {here.get(part)} here")
-    if (folder / "run.json").exists() and load_run(folder).info["status"] == "done":
+    if world.share(main and (folder / "run.json").exists() and load_run(folder).info["status"] == "done"):
         if main:
             print(f"{folder.name} is finished: nothing to do")
         return load_run(folder)
     with io_errors(f"run {folder}"), locked(folder) if main else nullcontext():
         with fast_float32(kind.type), stop_requests() as stop_signal:
             try:
-                _loop(config, folder, world, kind, on_update, Path(cache), trial, stop_signal, layout)
+                with peers_watched(world):
+                    _loop(config, folder, world, kind, on_update, cache, trial, stop_signal, layout)
             except Exception as error:
                 if main:
                     _note_failure(folder, error)
@@ -692,10 +903,13 @@ def train(
     return load_run(folder)
 
 # %% ../nbs/15_train.ipynb #3cbc9a57
-def leave(code: int):
+def leave(
+    code: int,
+    together: bool = True,  # False: this process alone came to an end
+):
     "End this process, and with it the others where they came to the same end."
     if dist.is_initialized():
-        if code in (0, STOPPED):
+        if together:
             dist.barrier()
             dist.destroy_process_group()
         sys.stdout.flush()
@@ -738,24 +952,25 @@ class ProgressLines:
 
 def main(argv: list[str] | None = None):
     "Train from a YAML file, alone or under torchrun; the exit code says how it ended."
-    parser = argparse.ArgumentParser(prog="python -m hybrid_nb.train", description=main.__doc__)
+    parser = Parser(prog="python -m hybrid_nb.train", description=main.__doc__)
     parser.add_argument("--config", required=True, help="YAML file, as `load_config` reads it")
     parser.add_argument("--folder", "--run", required=True, help="run folder, made or continued")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
     parser.add_argument("--cache", default="runs/cache", help="folder of token shards")
     parser.add_argument("--parallel", default="ddp", help="what several processes share: ddp, zero1, zero2, zero3 or tp2")
     parser.add_argument("--quiet", action="store_true", help="no lines of progress")
-    args, code = parser.parse_args(argv), 0
-    lines = None if args.quiet else ProgressLines()
+    folder, together = None, False
     try:
+        args = parser.parse_args(argv)
+        folder, lines = Path(args.folder), None if args.quiet else ProgressLines()
         run = train(load_config(args.config), args.folder, device=args.device, cache=args.cache, parallel=args.parallel, on_update=lines)
-        code = 0 if run.info["status"] == "done" else STOPPED
+        code, together = 0 if run.info["status"] == "done" else STOPPED, True
         if lines and lines.seen:
             print(f"{run.info['status']}: {args.folder}")
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = getattr(error, "exit_code", IO if isinstance(error, OSError) else 1)
-    leave(code)
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = last_words(error, folder, importlib.import_module("hybrid_nb.pipeline").redact)
+        print(line, file=sys.stderr)
+    leave(code, together)
 
 # %% ../nbs/15_train.ipynb #21749eb6
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
