@@ -13,11 +13,27 @@ __all__ = ['GIB', 'LOSS_ROWS', 'QUERY_BLOCK', 'BLOCKS_UP_TO', 'SCAN_CHUNK', 'GPU
 # %% ../nbs/12_account.ipynb #4709b363
 import functools
 import math
+import re
 import shlex
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .config import Config, ConfigError, HybridConfig, ModelConfig, cast, closest, get_config, load_config, override
+from hybrid_nb.config import (
+    ALIASES,
+    FIELD_NAMES,
+    Config,
+    ConfigError,
+    HybridConfig,
+    ModelConfig,
+    agree,
+    brief,
+    cast,
+    closest,
+    get_config,
+    load_config,
+    override,
+    written,
+)
 
 # %% ../nbs/12_account.ipynb #65bd6597
 @dataclass(frozen=True)
@@ -437,11 +453,16 @@ def parse_overrides(
     text: str,  # 'model.k=frozen-orthogonal train.lr=1e-3'
 ) -> dict[str, str]:
     "Dotted or bare field names with their values."
-    pairs = [item.partition("=") for item in shlex.split(text)]
-    for name, equals, _ in pairs:
+    try:
+        pairs = [item.partition("=") for item in shlex.split(text)]
+    except ValueError as error:
+        raise ConfigError(f"overrides={brief(text)}: {error}") from None
+    found = {}
+    for name, equals, value in pairs:
         if not (name and equals):
-            raise ConfigError(f"overrides={text!r}: {name!r} is not of the form name=value, as in 'train.lr=1e-3'")
-    return {name: value for name, _, value in pairs}
+            raise ConfigError(f"overrides={brief(text)}: {brief(name)} is not of the form name=value, as in 'train.lr=1e-3'")
+        agree(found, name, value, f"overrides={brief(text)}: {name}={brief(value)}")
+    return found
 
 # %% ../nbs/12_account.ipynb #b80bf83d
 @dataclass(frozen=True)
@@ -467,22 +488,38 @@ def default_device() -> str:
 
 def _fit(whole: Config, runs: int, longest: float) -> tuple[Config, str | None]:
     "A configuration that a CPU trains in time, and what it leaves out: None where it is the whole."
-    from hybrid_nb.rates import emulation_note, is_emulated, precision_rate, rate_text, settle_precision
+    from hybrid_nb.rates import emulation_note, precision_rate, rate_text, settle_precision
 
     ask = "-p full true" if runs == 1 else "-p steps"
     wanted, seconds = whole.train.precision, runs * run_seconds(whole, 1.0)
     here = settle_precision(wanted)
     if seconds / precision_rate(here) <= longest:
         return whole, None
-    taken = "auto" if is_emulated(here) else wanted
+    taken = "auto" if precision_rate(here) < precision_rate("fp32") else wanted
     faster = settle_precision(taken)
-    rate, slow = precision_rate(faster), emulation_note(here)
+    slow = "" if taken == wanted else emulation_note(here) or f"{here} is slower here than fp32"
+    rate = precision_rate(faster)
     if seconds / rate <= longest:
         config = replace(whole, train=replace(whole.train, precision=taken))
         return config, f"{slow}; the run takes {faster} instead. Ask for {here} by `{ask}`."
     trial = trial_config(whole, trial_flops(rate, runs), taken)
     told = f"{rate_text(rate)} in {faster}{slow and f' ({slow})'}"
     return trial, describe_trial(whole, trial, seconds / rate, told, ask)
+
+def _by_parameter(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    "What a user gave, by the names of `plan_run`'s parameters; and the fields that no parameter stands for."
+    given, others = {}, {}
+    for name, value in values.items():
+        field = ALIASES.get(name, name)
+        own = "data" if field == "source" else field
+        if own == "steps" or own in _FIELDS:
+            agree(given, own, value, f"{name}={brief(value)}")
+        elif name in FIELD_NAMES:
+            others[name] = value
+        else:
+            known = FIELD_NAMES | {*_FIELDS, "model", "overrides", "full", "run"}
+            raise ConfigError(f"unknown parameter {brief(name)}{closest(name, known)}")
+    return given, others
 
 def plan_run(
     model: str = "smoke",  # a preset, or the path of a YAML file
@@ -492,15 +529,17 @@ def plan_run(
     runs: int = 1,  # such runs that follow each other; more than one promise a smoke study's time
     run: str = "",  # name of the run folder; '': made from the configuration
     device: str | None = None,  # 'cpu' or 'cuda'; None: what training would take
-    **values,  # data, tokenizer, text_key, batch_size, lr, seed, precision, compile; '', 0 or (seed) -1: the preset's
+    **values,  # data, tokenizer, text_key, batch_size, lr, seed, precision, compile; '', 0 or (seed) -1: the preset's; other fields
 ) -> RunPlan:
     "The run that a user's parameters ask for."
-    for name in values:
-        if name not in _FIELDS:
-            raise ConfigError(f"unknown parameter {name!r}{closest(name, [*_FIELDS, 'model', 'steps', 'overrides', 'full', 'run'])}")
-    given = {k: v for k, v in values.items() if v not in (("", -1, None) if k == "seed" else ("", 0, None))}
+    model, overrides, full = cast("model", model, str), cast("overrides", overrides, str), cast("full", full, bool)
+    given, others = _by_parameter(({"steps": steps} if steps else {}) | values)
+    given = {k: v for k, v in given.items() if v not in (("", -1, None) if k == "seed" else ("", 0, None))}
+    overrides = " ".join(text for text in (overrides, written(others)) if text)
+    steps = cast("steps", given.pop("steps", 0), int)
+    if device is not None and not (isinstance(device, str) and re.fullmatch(r"cpu|cuda(:\d+)?", device)):
+        raise ConfigError(f"device={brief(device)} is none of cpu, cuda")
     config = load_config(model) if model.endswith((".yaml", ".yml")) else get_config(model)
-    steps = cast("steps", steps, int)
     if steps < 0:
         raise ConfigError(f"steps={steps} must be at least 1, or 0 for the preset's")
     config = shorten(config, steps) if steps else config

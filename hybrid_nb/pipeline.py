@@ -40,9 +40,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
-from .config import PRESETS, ConfigError, HybridConfig, cast, closest, override
+from hybrid_nb.config import (
+    ALIASES,
+    FIELD_NAMES,
+    PRESETS,
+    ConfigError,
+    HybridConfig,
+    agree,
+    brief,
+    cast,
+    closest,
+    is_nothing,
+    override,
+    read_yaml,
+    read_yaml_file,
+    written,
+)
 from hybrid_nb.runs import (
     BAD_DATA,
     IO,
@@ -112,45 +126,23 @@ def declared(
     found = (_parameter(node, lines[node.end_lineno - 1]) for node in body)
     return {p.name: p for p in found if p}
 
-# %% ../nbs/18_pipeline.ipynb #5c5391e2
-def _number(name: str, value: Any) -> Any:
-    "Text of a number as the number; what is no number is left to `cast`, and what is not finite refused."
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return value
-    if not math.isfinite(number):
-        raise ConfigError(f"{name}={value} is not a finite number")
-    if not isinstance(value, str):
-        return value
-    return int(value) if value.strip().lstrip("+-").isdecimal() else number
-
 # %% ../nbs/18_pipeline.ipynb #bdcdd15b
 def _cast(name: str, value: Any, hint: Any) -> Any:
     "A value as the declared type."
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    inner = typing.get_args(hint)
     if hint is Any:
         return value
     if isinstance(hint, types.UnionType):
-        return None if str(value).lower() in ("none", "null") else _cast(name, value, inner[0])
-    if origin is Literal:
-        return _choose(name, value, inner)
-    if origin is list:
-        return [_cast(name, v, inner[0]) for v in _listed(name, value)]
-    return cast(name, _number(name, value) if hint in (int, float) else value, hint)
-
-def _choose(name: str, value: Any, options: tuple) -> Any:
-    for option in options:
-        if str(option) == str(value):
-            return option
-    words = [str(option) for option in options]
-    raise ConfigError(f"{name}={value!r} is none of {', '.join(words)}{closest(str(value), words)}")
+        return None if is_nothing(value) else _cast(name, value, inner[0])
+    if typing.get_origin(hint) is list:
+        return [cast(name, v, inner[0]) for v in _listed(name, value)]
+    return cast(name, value, hint)
 
 def _listed(name: str, value: Any) -> list:
     if isinstance(value, str):
         return [part.strip(" '\"") for part in value.strip("[] ").split(",") if part.strip()]
     if not isinstance(value, list):
-        raise ConfigError(f"{name}={value!r} is not a list: write 1,2,3")
+        raise ConfigError(f"{name}={brief(value)} is not a list: write 1,2,3")
     return value
 
 # %% ../nbs/18_pipeline.ipynb #4216ea17
@@ -158,12 +150,21 @@ def admit(
     parameters: dict[str, Parameter],  # as declared
     given: dict[str, Any],  # name: value, of any type that can be cast
 ) -> dict[str, Any]:  # what was given, cast
-    "The given parameters, each of its declared type."
-    for name in given:
-        if name not in parameters:
-            options = ", ".join(parameters) or "none"
-            raise ConfigError(f"unknown parameter {name!r}{closest(name, parameters)}; there are {options}")
-    return {name: _cast(name, value, parameters[name].hint) for name, value in given.items()}
+    "The given parameters, each of its declared type; a field of the configuration that is no parameter becomes one of the overrides."
+    found, fields = {}, {}
+    for name, value in given.items():
+        own = name if name in parameters else ALIASES.get(name, name)
+        if own in parameters:
+            agree(found, own, _cast(name, value, parameters[own].hint), f"{name}={brief(value)}")
+        elif "overrides" in parameters and name in FIELD_NAMES:
+            fields[name] = value
+        else:
+            near = closest(name, parameters) or closest(name, FIELD_NAMES if "overrides" in parameters else ())
+            raise ConfigError(f"unknown parameter {brief(name)}{near}; there are {', '.join(parameters) or 'none'}")
+    if fields:
+        others = found.get("overrides", parameters["overrides"].default)
+        found["overrides"] = " ".join(text for text in (others, written(fields)) if text)
+    return found
 
 # %% ../nbs/18_pipeline.ipynb #42bc6fb9
 def opt_in(
@@ -225,21 +226,18 @@ def read_command(
     return positionals, options
 
 # %% ../nbs/18_pipeline.ipynb #32034eb7
-def _mapping(text: str) -> dict[str, Any]:
-    "YAML text that maps names to values."
-    try:
-        value = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"parameters are not YAML: {_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"parameters {text!r} are no mapping: write 'name: value'")
-    return value
+def _mapping(value: Any) -> dict[str, Any]:
+    "Values of a file or text of parameters, where they have names."
+    if not isinstance(value or {}, dict):
+        raise ConfigError(f"parameters {brief(value)} are no mapping: write 'name: value'")
+    return value or {}
 
-def _text(path: str) -> str:
-    "A parameters file."
-    if not Path(path).is_file():
-        raise ConfigError(f"no parameters file {path}")
-    return Path(path).read_text(encoding="utf-8")
+def _decoded(text: str) -> bytes:
+    "What base64 stands for."
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ConfigError(f"parameters {brief(text)} are not base64") from None
 
 # %% ../nbs/18_pipeline.ipynb #ae412e3f
 _GIVES = {"-p": "p", "--parameters": "p", "-r": "r", "--parameters_raw": "r", "-f": "f", "--parameters_file": "f",
@@ -250,8 +248,8 @@ def given_parameters(
 ) -> dict[str, Any]:  # name: value, not yet cast
     "The parameters of a command line."
     values = {kind: [v for name, v in options if _GIVES.get(name) == kind] for kind in "bfypr"}
-    texts = [base64.b64decode(v).decode() for (v,) in values["b"]]
-    texts += [_text(v) for (v,) in values["f"]] + [v for (v,) in values["y"]]
+    texts = [read_yaml(_decoded(v), "-b parameters") for (v,) in values["b"]]
+    texts += [read_yaml_file(v, "parameters") for (v,) in values["f"]] + [read_yaml(v, "-y parameters") for (v,) in values["y"]]
     return {k: v for text in texts for k, v in _mapping(text).items()} | dict(values["p"]) | dict(values["r"])
 
 # %% ../nbs/18_pipeline.ipynb #84ecf107
