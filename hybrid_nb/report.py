@@ -49,30 +49,41 @@ from .runs import check_name, in_checkout, load_run, run_name
 from .train import ProgressLines, lr_at
 
 # %% ../nbs/17_report.ipynb #2f6f1f25
+def _missing(value: Any) -> bool:
+    return value is None or pd.api.types.is_scalar(value) and pd.isna(value)
+
 def _text(value: Any, pattern: str | None) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _missing(value):
         return ""
-    if isinstance(value, bool):
+    if pd.api.types.is_bool(value):
         return "yes" if value else "no"
+    if pd.api.types.is_integer(value) and pattern:
+        pattern = pattern.replace(".0f", "d")  # which keeps every digit
     text = pattern.format(value) if pattern else str(value)
     return "".join(c if c.isprintable() else " " for c in text)
+
+def _is_number(values: Iterable[Any]) -> bool:
+    "True where the values that are there are numbers."
+    there = [v for v in values if not _missing(v)]
+    return bool(there) and all(pd.api.types.is_number(v) and not pd.api.types.is_bool(v) for v in there)
 
 def _row(tag: str, cells: list[str], sides: list[str]) -> str:
     inner = (f'<{tag} style="text-align:{s}">{html.escape(c)}</{tag}>' for c, s in zip(cells, sides, strict=True))
     return f"<tr>{''.join(inner)}</tr>\n"
 
 class Table:
-    "A DataFrame with an HTML and a plain-text form."
+    "A DataFrame with an HTML and a plain-text form; each value of a list of rows is kept as it is."
 
     def __init__(
         self,
         rows: pd.DataFrame | list[dict],
         formats: dict[str, str] | None = None,  # column: format, as in '{:,}'
     ):
-        self.frame, formats = pd.DataFrame(rows), formats or {}
+        self.frame, formats = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object), formats or {}
         self.columns = [str(c) for c in self.frame.columns]
-        self.sides = ["right" if c in formats or self.frame[c].dtype.kind in "if" else "left" for c in self.columns]
-        rows = self.frame.astype(object).itertuples(index=False, name=None)
+        rows = list(self.frame.astype(object).itertuples(index=False, name=None))
+        values = zip(*rows, strict=True) if rows else [()] * len(self.columns)
+        self.sides = ["right" if c in formats or _is_number(v) else "left" for c, v in zip(self.columns, values, strict=True)]
         self.cells = [[_text(v, formats.get(c)) for c, v in zip(self.columns, row, strict=True)] for row in rows]
 
     def __repr__(self) -> str:
@@ -105,7 +116,7 @@ def parameter_table(config: Config) -> Table:
         layers = len({r.layer for r in members} - {None}) or None
         rows.append({"module": module, "shape": shape, "layers": layers, "trainable": trainable, "frozen": frozen,
                      "share": (trainable + frozen) / count_params(config).total})
-    return Table(rows, {"layers": "{:.0f}", "trainable": "{:,}", "frozen": "{:,}", "share": "{:.1%}"})
+    return Table(rows, {"layers": "{}", "trainable": "{:,}", "frozen": "{:,}", "share": "{:.1%}"})
 
 # %% ../nbs/17_report.ipynb #25cad08b
 def plan_table(plan: RunPlan) -> Table:
