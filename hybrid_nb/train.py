@@ -40,7 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .account import GIB, count_params, memory, run_flops
 from .config import Config, HybridConfig, TrainConfig, asdict, config_hash, load_config
-from .data import END, TokenData, batch_hash, load_tokenizer, loader, prepare
+from .data import END, TokenData, batch_hash, check_answers, load_tokenizer, loader, prepare
 from .decoder import checkpoint_activations, learned_state
 from .evaluate import evaluate, sample_text
 from .hybrid import make_model
@@ -651,6 +651,9 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     own = split_batch(t, windows, readers.size)
     together = layout is not None and layout.together  # all processes are needed for a forward pass
     data = prepare(config.data, config.model.vocab_size, t.seq_len, cache, verify=True)
+    answers = check_answers(data, t.seq_len)
+    if answers and main:
+        print(answers, file=sys.stderr, flush=True)
     tokenizer = load_tokenizer(data.folder)
     end = tokenizer.token_to_id(END)
     torch.manual_seed(t.seed)
@@ -752,6 +755,8 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     for note in notes:
         record("event", event="resume", detail=note.replace(f"{folder}/", ""))
     if progress.step == 0:
+        if answers:
+            record("event", event="data", detail=answers)
         look()
     stop, first = "", progress.step
     batches, whole = loader(data, own, progress.step, t.steps, readers.rank, readers.size), replace(t, batch_size=windows, grad_accum=1)
