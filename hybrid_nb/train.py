@@ -42,7 +42,7 @@ from .account import GIB, count_params, memory, run_flops
 from .config import Config, HybridConfig, TrainConfig, asdict, config_hash, load_config
 from .data import END, TokenData, batch_hash, check_answers, load_tokenizer, loader, prepare
 from .decoder import checkpoint_activations, learned_state
-from .evaluate import evaluate, sample_text
+from .evaluate import evaluate, perplexity, sample_text
 from .hybrid import make_model
 from .orthogonal import parameter_statistics, seeded_weights
 from .rates import DTYPES, emulation_note, fast_float32, precision_rate, settle_precision
@@ -933,7 +933,7 @@ def progress_line(record: dict, steps: int) -> str:
         return f"{head}  loss {record['val_loss']:7.4f}  ppl {record['val_ppl']:<9.4g}  validation"
     left, loss = record["elapsed_s"] / record["step"] * (steps - record["step"]), record["loss"]
     norm = math.nan if record["grad_norm"] is None else record["grad_norm"]
-    return (f"{head}  loss {loss:7.4f}  ppl {math.exp(min(loss, 50)):<9.4g}  lr {record['lr']:.2e}  "
+    return (f"{head}  loss {loss:7.4f}  ppl {perplexity(loss, 50):<9.4g}  lr {record['lr']:.2e}  "
             f"grad {norm:<5.3g}  {record['tokens_per_s']:>7,.0f} tokens/s  {_clock(left)} left")
 
 class ProgressLines:
