@@ -23,15 +23,16 @@ from transformers.utils import can_return_tuple
 from .attention import LocalGlobalAttention, PositionsKept, keep_positions, kept_positions
 from .config import PRESETS, HybridConfig, ModelConfig
 from hybrid_nb.decoder import (
-                               DecoderConfig,
-                               DecoderPreTrainedModel,
-                               Texts,
-                               count_targets,
-                               linear_cross_entropy,
-                               make_decoder,
-                               next_tokens,
-                               token_positions,
-                               wants_maps,
+    DecoderConfig,
+    DecoderPreTrainedModel,
+    Texts,
+    attribute_names,
+    count_targets,
+    linear_cross_entropy,
+    make_decoder,
+    next_tokens,
+    token_positions,
+    wants_maps,
 )
 from .ffn import GELUFeedForward
 from .rope import rope_table
@@ -43,10 +44,7 @@ class HybridLanguageModelConfig(DecoderConfig):
     "A `HybridConfig` in the form that transformers saves beside weights."
     model_type = "hybrid_nb_hybrid"
     record = HybridConfig
-    attribute_map = {
-        "hidden_size": "d_model", "num_layers": "n_layer", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "max_seq_len", "tie_word_embeddings": "tie_embeddings",
-    }
+    attribute_map = attribute_names(HybridConfig)
     keys_to_ignore_at_inference = ["past_key_values", "token_loss", "gates"]
 
     def __init__(self, **values):  # without one, transformers would write its own
