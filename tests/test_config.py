@@ -296,8 +296,8 @@ for _ in range(40):
 VALUES = [
     "", " ", "nan", "inf", "-inf", ".inf", "-1", 0, "0", 1, 2, 3, 64, 4096, "1e400", "9" * 400, 10**400, "9" * 9000, 2**64, 2**63, 2**31,
     10**9, -(2**63), 0.5, 1e308, -0.0, 1e-320, math.nan, math.inf, True, False, None, [], [1], ["a", {}], {}, BOMB, "no", "yes", "auto",
-    "010", "1:30", "\0", "\ud83d", "x" * 100_000, "../..", "*", "ü", "trainable", "frozen-orthogonal", "swiglu", "yarn", "lr=1", "lr=1 lr=2",
-    "'", "d_model=64 n_head=3", "smoke", "base", "hybrid-tiny", "cpu"]
+    "010", "1:30", "\0", "\ud83d", "x" * 100_000, "../..", "*", "ü", "trainable", "frozen-orthogonal", "swiglu", "yarn", "lr=1",
+    "lr=1 lr=2", "'", "d_model=64 n_head=3", "smoke", "base", "hybrid-tiny", "cpu"]
 
 
 def parameter_set(rng: random.Random, names: list[str]) -> dict:
