@@ -69,7 +69,7 @@ def _check(ok: bool, message: str):
         raise ConfigError(message)
 
 # the largest values of integers; of those that are not named here, 2**31 - 1
-_MOST = {"n_layer": 4096, "moe_layers": 4096, "n_routed_experts": 65_536, "n_shared_experts": 4096, "workers": 1024, "mlp_ratio": 4096,
+_MOST = {"n_layer": 1024, "moe_layers": 1024, "n_routed_experts": 65_536, "n_shared_experts": 4096, "workers": 1024, "mlp_ratio": 4096,
          "expand": 4096, **dict.fromkeys(("seed", "ortho_seed", "grammar_seed"), 2**32 - 1)}  # torch's CPU generator keeps 32 bits
 
 def _check_number(name: str, value: Any, integer: bool):
@@ -644,6 +644,9 @@ def _unknown(key: str, model: type, whose: str) -> ConfigError:
     known, bare = _field_map(model), key.rpartition(".")[2]
     if bare in MODEL_NAMES - names_of(known):
         return ConfigError(f"{key!r} is no parameter of {whose!r}, which is a {'decoder' if model is ModelConfig else 'hybrid model'}")
+    own = ALIASES.get(bare, bare)
+    if own in known:
+        return ConfigError(f"unknown parameter {brief(key)} (did you mean '{known[own][0]}.{bare}'?)")
     dotted = [f"{p}.{n}" for n, (p, _) in known.items()] + [f"model.{n}" for n in MODEL_NAMES]
     dotted += [f"{p}.{f.name}" for p, record in _OPTIONAL.items() for f in fields(record)]
     return ConfigError(f"unknown parameter {brief(key)}{closest(key, dotted if '.' in key else FIELD_NAMES)}")
@@ -794,8 +797,7 @@ def get_config(
 
 # %% ../nbs/01_config.ipynb #be76fd27
 YAML_BYTES, YAML_DEPTH, YAML_VALUES = 100_000, 20, 10_000  # of a file; levels; values, with aliases written out
-_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
-          "false": False, "False": False, "FALSE": False}
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 def _plain(text: str) -> Any:
     "What a scalar without quotes is."
