@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Projection', 'OutputProjection', 'PRESETS', 'ConfigError', 'closest', 'ModelConfig', 'HybridConfig', 'TrainConfig',
            'DataConfig', 'DistillConfig', 'FinetuneConfig', 'Config', 'asdict', 'config_hash', 'cast', 'override',
-           'get_config', 'to_yaml', 'from_dict', 'load_config']
+           'get_config', 'to_yaml', 'from_dict', 'shipped', 'find_file', 'load_config']
 
 # %% ../nbs/01_config.ipynb #bbf8ce1b
 import dataclasses
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+import hybrid_nb
 
 # %% ../nbs/01_config.ipynb #392cb0a4
 class ConfigError(ValueError):
@@ -597,6 +599,20 @@ def from_dict(
     config = get_config(raw.get("preset", "hybrid-smoke" if kind else "smoke"), values)
     return replace(config, name=str(raw.get("name", config.name)))
 
+# %% ../nbs/01_config.ipynb #e3bd320c
+def shipped() -> Path:
+    "The folder that holds the package's own `pipelines/`: the package where it is installed, the root in a checkout."
+    package = Path(hybrid_nb.__file__).resolve().parent
+    return package if (package / "pipelines").is_dir() else package.parent
+
+def find_file(
+    path: str | Path,
+) -> Path:  # the same, or where there is nothing the package's own of `pipelines/`
+    "The file that a path names."
+    path = Path(path)
+    own = shipped() / path
+    return own if path.parts[:1] == ("pipelines",) and own.is_file() and not path.exists() else path
+
 # %% ../nbs/01_config.ipynb #1fc3ba4f
 _ALIASES = {
     "layers": "n_layer", "n_layers": "n_layer", "hidden_dim": "d_model", "num_heads": "n_head", "n_heads": "n_head",
@@ -668,7 +684,7 @@ def load_config(
     path: str | Path,  # of a YAML file: ours, or one of documents 000, 001 and 002
 ) -> Config:
     "The configuration that a YAML file describes."
-    path = Path(path)
+    path = find_file(path)
     _check(path.is_file(), f"no configuration file {path}")
     try:
         raw = yaml.safe_load(path.read_text())

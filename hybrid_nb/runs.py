@@ -6,8 +6,8 @@
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'check_name', 'run_name', 'fsync_dir', 'write_file',
            'replace_file', 'write_json', 'io_errors', 'check_space', 'locked', 'append_record', 'read_records',
            'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'save_checkpoint', 'Checkpoint',
-           'read_checkpoint', 'latest_checkpoint', 'checkout', 'in_checkout', 'code_state', 'lock_hash', 'versions',
-           'machine', 'Run', 'load_run', 'claim_folder']
+           'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout', 'in_checkout', 'code_state', 'lock_hash',
+           'versions', 'machine', 'Run', 'load_run', 'claim_folder']
 
 # %% ../nbs/13_runs.ipynb #e7eeff31
 import fcntl
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import hybrid_nb
-from .config import Config, asdict, config_hash, from_dict
+from .config import Config, asdict, config_hash, from_dict, shipped
 
 # %% ../nbs/13_runs.ipynb #c9de8668
 USAGE, BAD_DATA, NUMERIC, IO, STOPPED = 64, 65, 70, 74, 75
@@ -270,14 +270,24 @@ def checkout() -> Path:
     "The folder that holds the package: the repository's root, where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
 
+def is_checkout() -> bool:
+    "False for an installed package, which holds its pipelines itself."
+    return shipped() == checkout() and (checkout() / "settings.ini").is_file()
+
 def in_checkout(
     folder: str | Path,  # a relative one lies in the checkout, or where there is none in the working folder
 ) -> Path:
     "Where a folder is that notebooks and commands name alike, wherever they run."
-    return (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
+    return (checkout() if is_checkout() else Path.cwd()) / folder
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    "What git prints of the checkout; None without one, without git, and of a repository that only surrounds the package."
+    if not is_checkout():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout if done.returncode == 0 else None
 
 def code_state() -> dict[str, Any]:
@@ -290,7 +300,7 @@ def code_state() -> dict[str, Any]:
 def lock_hash() -> str | None:
     "SHA-256 of constraints.txt, where the checkout has it."
     path = checkout() / "constraints.txt"
-    return sha256_file(path) if path.exists() else None
+    return sha256_file(path) if is_checkout() and path.exists() else None
 
 def versions() -> dict[str, str]:
     "Versions of what a number depends on."
