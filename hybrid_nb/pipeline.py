@@ -43,6 +43,7 @@ import typer
 import yaml
 
 from .config import PRESETS, ConfigError, HybridConfig, cast, closest, override
+from .lock import take_lock
 from hybrid_nb.runs import (
     BAD_DATA,
     IO,
@@ -57,7 +58,6 @@ from hybrid_nb.runs import (
     last_words,
     load_run,
     replace_file,
-    take_lock,
 )
 from .runs import first_line as _line
 

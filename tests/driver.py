@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from hybrid_nb import runs, shard, train
+from hybrid_nb import runs, train
 from hybrid_nb.config import Config, ModelConfig, get_config, override
 from hybrid_nb.data import grammar_entropy
 from hybrid_nb.decoder import DecoderForCausalLM, make_decoder
@@ -224,6 +224,8 @@ DIVIDED = get_config("smoke", {
 
 def one_update(mode: str, world: train.World, rank: int, what: str) -> str | None:  # None: there is no such weight
     "What an update ends in when one rank has NaN in the gradient of a kind of weight, or its loss is infinite."
+    from hybrid_nb import shard  # takes seconds to import
+
     torch.manual_seed(0)
     model = make_decoder(DIVIDED.model)
     layout = shard.Layout(mode, DIVIDED, world, torch.device("cpu"))
@@ -260,6 +262,8 @@ def one_update(mode: str, world: train.World, rank: int, what: str) -> str | Non
 
 def one_rank_sees(folder: str):
     "Instead of a run: updates in every layout with something wrong on one rank; what each rank makes of them, in files."
+    from hybrid_nb import shard  # takes seconds to import
+
     def main(argv):
         world, _ = train.join_world("cpu")
         found = {f"{mode} {what} {rank}": one_update(mode, world, rank, what)
