@@ -52,6 +52,7 @@ from hybrid_nb.config import (
 from .decoder import checkpoint_activations
 from .hybrid import make_model
 from .orthogonal import seeded_weights
+from .rates import fast_float32
 from .report import Table, as_results, check_bundle
 from hybrid_nb.runs import (
     BAD_DATA,
@@ -66,7 +67,7 @@ from hybrid_nb.runs import (
     save_checkpoint,
 )
 from .study import t_interval
-from .train import World, fast_float32, global_batch, join_world, leave, make_optimizer, split_batch, update
+from .train import World, global_batch, join_world, leave, make_optimizer, split_batch, update
 
 # %% ../nbs/27_shard.ipynb #5ad1b62b
 MODES = ("ddp", "zero1", "zero2", "zero3", "tp2")

@@ -23,6 +23,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import safetensors.torch
@@ -283,11 +284,6 @@ FAULTS = {"kill": lambda point: KILLS[point](), "kill step": kill_step, "slow": 
           "no home": no_home, "unreadable": unreadable, "one rank sees": one_rank_sees}
 
 
-def one_rate(dtype=None, device=None) -> float:
-    "Instead of measuring how fast this machine multiplies, which no test here is about."
-    return 1e9
-
-
 # The interpreter that forks
 
 
@@ -332,9 +328,8 @@ def ended(pid: int, timeout: float) -> int | None:
 
 
 def warm_up():
-    "Do once what every child would do again: imports on demand, the grammar's entropy, the rate of products."
+    "Do once what every child would do again: imports on demand, the grammar's entropy."
     grammar_entropy()
-    train.matmul_rate = one_rate
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     sample_text(make_decoder(ModelConfig(n_layer=1, vocab_size=2), eos_token_id=1), tokenizer, "a", tokens=2)
 
@@ -356,7 +351,8 @@ def serve():
 # What tests call
 
 
-ENV = os.environ | {
+RATES = {"HYBRID_NB_RATES": "fp32=1e9 bf16=1e9 fp16=1e9"}  # how fast this machine multiplies is what no test here is about
+ENV = os.environ | RATES | {
     "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -444,12 +440,11 @@ def tiny_hybrid(**changes) -> Config:
 @contextmanager
 def one_thread():
     "In this process, too, one thread: results are compared with those of the same number of threads."
-    threads, rate = torch.get_num_threads(), train.matmul_rate
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train.matmul_rate = one_rate
-    yield
+    with patch.dict(os.environ, RATES):
+        yield
     torch.set_num_threads(threads)
-    train.matmul_rate = rate
 
 
 def untimed(record: dict) -> dict:
