@@ -232,12 +232,12 @@ def one_update(mode: str, world: train.World, rank: int, what: str) -> str | Non
     layout = shard.Layout(mode, DIVIDED, world, torch.device("cpu"))
     net, optimizer = layout.shard(model, DIVIDED.train)
     chosen = [p for p in model.parameters() if p.requires_grad and hasattr(p, "full_tensor") is (what == "sharded")]
-    if not chosen and what != "loss":
+    if not chosen and what in ("whole", "sharded"):
         return None
     real = train.clip_gradients
 
     def spoil(params, most):
-        if what != "loss" and world.rank == rank:
+        if what in ("whole", "sharded") and world.rank == rank:
             grad = chosen[-1].grad
             (grad.to_local() if hasattr(grad, "full_tensor") else grad).fill_(float("nan"))
         return real(params, most)
