@@ -357,7 +357,7 @@ def count_targets(
 class DecoderModelOutput(BaseModelOutputWithPast):
     "Hidden states with what the routers did."
     routing: Tensor | None = None  # (L, 2, B or texts, E), as `routing_statistics` gives them, of the layers with experts
-    texts: Texts | None = None  # None: each row is one text, without padding
+    texts: Texts | None = None  # for the model's head; None: not asked for, or each row is one text, without padding
 
 def causal_mask(
     config: PreTrainedConfig,
@@ -431,6 +431,7 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache: bool | None = None,  # None: in evaluation mode, as the configuration says
         output_hidden_states: bool | None = None,  # None: as the configuration says
         output_attentions: bool | None = None,
+        return_texts: bool = False,  # to a head, which needs them for its loss
         **kwargs,
     ) -> DecoderModelOutput:
         config = self.config
@@ -471,7 +472,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return DecoderModelOutput(last_hidden_state=h_BTD, past_key_values=past_key_values,
                                   hidden_states=tuple(states) if output_hidden_states else None,
                                   attentions=None if maps is None else tuple(maps),
-                                  routing=torch.stack(routing) if routing else None, texts=texts)
+                                  routing=torch.stack(routing) if routing else None, texts=texts if return_texts else None)
 
 # %% ../nbs/09_decoder.ipynb #5c8fcebf
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -552,7 +553,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
     ) -> DecoderOutput:  # in training with labels, logits are None: the loss never holds them
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                         output_hidden_states, output_attentions, return_dict=True)
+                         output_hidden_states, output_attentions, return_texts=True, return_dict=True)
         h_BTD, loss, token_loss, logits, shift_labels = out.last_hidden_state, None, None, None, kwargs.get("shift_labels")
         routing = out.routing
         if labels is not None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT_TOTALS', 'HybridLanguageModelConfig', 'drop_branch', 'BranchGate', 'gate_statistics', 'gate_loss',
-           'Alignment', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridLanguageModel', 'make_model',
-           'count_parts', 'document_totals', 'document_claims']
+           'Alignment', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridTrunk', 'HybridLanguageModel',
+           'make_model', 'count_parts', 'document_totals', 'document_claims']
 
 # %% ../nbs/10_hybrid.ipynb #a41079f6
 import math
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention import LocalGlobalAttention, PositionsKept, keep_positions, kept_positions
@@ -228,10 +228,29 @@ class HybridOutput(CausalLMOutputWithPast):
     token_loss: Tensor | None = None  # nats, without the gates' losses
     gates: Tensor | None = None  # (L, B or texts, 3), as `gate_statistics` gives them
 
+class HybridTrunk(DecoderPreTrainedModel):
+    "Token ids to hidden states: the parts of a language model, which owns them, without its head."
+    config_class = HybridLanguageModelConfig
+
+    def __init__(self, whole: "HybridLanguageModel"):
+        nn.Module.__init__(self)
+        self.config = whole.config
+        for name, part in whole.named_children():
+            if name != "lm_head":
+                self.add_module(name, part)
+        self.__dict__["whole"] = whole  # no part of this one
+        self.training = whole.training
+
+    @can_return_tuple
+    def forward(self, *inputs, output_hidden_states: bool | None = None, **named) -> BaseModelOutputWithPast:
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        out = self.whole(*inputs, **named, output_hidden_states=True, logits_to_keep=1, return_dict=True)
+        return BaseModelOutputWithPast(last_hidden_state=out.hidden_states[-1], past_key_values=out.past_key_values,
+                                       hidden_states=out.hidden_states if wanted else None, attentions=out.attentions)
+
 class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
     "Token ids to next-word logits, through hybrid blocks."
     config_class = HybridLanguageModelConfig
-    base_model_prefix = "model"  # where a base model would be; there is none, and this one is its own
     _no_split_modules = ["HybridBlock"]
     _skip_keys_device_placement = ["past_key_values", "past"]
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
@@ -246,6 +265,11 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def base_model(self) -> HybridTrunk:
+        "What transformers asks for under `base_model_prefix`; the weights keep their names, which have no prefix."
+        return HybridTrunk(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -339,9 +363,10 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = None if maps is None else tuple(m if m.shape[-1] == past + T else F.pad(m, (past + T - m.shape[-1], 0)) for m in maps)
         return HybridOutput(loss=loss, logits=logits, past_key_values=past_key_values, token_loss=token_loss, gates=gates.detach(),
                             hidden_states=tuple(states) if output_hidden_states else None,
-                            attentions=None if maps is None else tuple(F.pad(m, (past + T - m.shape[-1], 0)) for m in maps))
+                            attentions=maps)
 
 AutoConfig.register(HybridLanguageModelConfig.model_type, HybridLanguageModelConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridLanguageModelConfig, HybridLanguageModel, exist_ok=True)
