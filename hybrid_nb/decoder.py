@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['foreign_names', 'is_newer', 'check_foreign', 'attribute_names', 'DecoderConfig', 'make_norm', 'DecoderBlock',
-           'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'Texts', 'next_tokens', 'count_targets',
-           'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel', 'linear_cross_entropy', 'DecoderOutput',
-           'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama', 'checkpoint_activations']
+           'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'check_holes', 'Texts', 'next_tokens',
+           'count_targets', 'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel', 'linear_cross_entropy',
+           'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama', 'checkpoint_activations']
 
 # %% ../nbs/09_decoder.ipynb #7dbd8b7b
 import re
@@ -285,6 +285,14 @@ def text_starts(
     step = position_BS - position_BS.gather(1, real.clamp(min=0))
     return keep_BS & ~((real >= 0) & ((step == 1) | (step == index - real)))
 
+def check_holes(
+    keep_BS: Tensor | None,  # bool: False where padded
+    first_BS: Tensor,  # as `text_starts` gives it
+):
+    "Refuse padding inside a text, for models in which a token hands something to the next."
+    if keep_BS is not None and not torch.compiler.is_compiling() and (keep_BS[:, 1:] & ~keep_BS[:, :-1] & ~first_BS[:, 1:]).any():
+        raise ValueError("padding after real tokens of the same text: a scan and shifted keys cannot pass over it; pad before a text or behind it")
+
 class Texts(NamedTuple):
     "The texts in the rows of a batch."
     position_BS: Tensor  # of past and new tokens
@@ -418,7 +426,10 @@ class DecoderModel(DecoderPreTrainedModel):
         position_ids = token_positions(T, config.max_seq_len, h_BTD.device, keep_BS, past, position_ids, before)
         if prepared or not (count or past_key_values is not None or keep_BS is not None or config.qk_shift):
             return position_ids, None
-        return position_ids, Texts.of(position_ids, B, keep_BS, past, before, count)
+        texts = Texts.of(position_ids, B, keep_BS, past, before, count)
+        if config.qk_shift:
+            check_holes(keep_BS, texts.first_BS)
+        return position_ids, texts
 
     @can_return_tuple
     def forward(

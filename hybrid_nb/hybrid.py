@@ -27,6 +27,7 @@ from hybrid_nb.decoder import (
     DecoderPreTrainedModel,
     Texts,
     attribute_names,
+    check_holes,
     count_targets,
     linear_cross_entropy,
     make_decoder,
@@ -216,11 +217,6 @@ def _real_tokens(attention_mask: Tensor | None, past: int, T: int) -> Tensor | N
     keep_BS = attention_mask.bool()
     return keep_BS if torch.compiler.is_compiling() or not keep_BS.all() else None
 
-def _check_holes(keep_BS: Tensor, first_BS: Tensor):
-    "Refuse padding inside a text, over which the scan's state has gone on."
-    if not torch.compiler.is_compiling() and (keep_BS[:, 1:] & ~keep_BS[:, :-1] & ~first_BS[:, 1:]).any():
-        raise ValueError("padding after real tokens of the same text: a cache can only be continued where the padding is before a text")
-
 # %% ../nbs/10_hybrid.ipynb #9c528ee8
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
@@ -331,8 +327,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         texts = None
         if count or past_key_values is not None or keep_BS is not None:
             texts = Texts.of(position_ids, B, keep_BS, past, before, count)
-            if past and keep_BS is not None:
-                _check_holes(keep_BS, texts.first_BS)
+            check_holes(keep_BS, texts.first_BS)
         time = None if self.shared_srte is None else self.shared_srte(position_ids)
         rope = rope_table(position_ids, config.head_dim, config.rope_theta)
         if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
