@@ -291,7 +291,8 @@ def check_holes(
 ):
     "Refuse padding inside a text, for models in which a token hands something to the next."
     if keep_BS is not None and not torch.compiler.is_compiling() and (keep_BS[:, 1:] & ~keep_BS[:, :-1] & ~first_BS[:, 1:]).any():
-        raise ValueError("padding after real tokens of the same text: a scan and shifted keys cannot pass over it; pad before a text or behind it")
+        raise ValueError("padding after real tokens of the same text: a scan and shifted keys cannot pass over it; "
+                         "pad before a text or behind it")
 
 class Texts(NamedTuple):
     "The texts in the rows of a batch."
