@@ -1616,10 +1616,13 @@ def prepare(
     while True:
         source = corpus(replace(data, valid_fraction=fraction))
         tokens = _prepared(data, source, vocab_size, Path(cache), verify, shard_tokens)
-        enough = tokens.valid_documents >= LEAST_DOCUMENTS and tokens.valid_targets >= max(LEAST_TOKENS, seq_len + 1)
+        least = max(LEAST_TOKENS, seq_len + 1)
+        enough = tokens.valid_documents >= LEAST_DOCUMENTS and tokens.valid_targets >= least
         if enough or fraction >= MOST_HELD or not source.hashed():
             break
-        fraction = min(2 * fraction, MOST_HELD)
+        needed = max(LEAST_DOCUMENTS / (tokens.train_documents + tokens.valid_documents or 1),
+                     least / (tokens.train_tokens + tokens.valid_tokens or 1))
+        fraction = min(max(2 * fraction, needed), MOST_HELD)
     _check_size(data, tokens, seq_len, fraction if source.hashed() else None)
     return replace(tokens, reading=_reading(data, source, tokens, fraction))
 

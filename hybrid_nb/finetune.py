@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import study as studies
 from .config import Config, ConfigError, DataConfig, HybridConfig, ModelConfig, asdict, closest, override
-from .data import END, Document, TokenData, corpus, load_tokenizer, prepare, publish, read_manifest
+from .data import END, Document, TokenData, corpus, encode, load_tokenizer, prepare, publish, read_manifest
 from .decoder import DecoderForCausalLM, DecoderPreTrainedModel
 from .evaluate import evaluate, sample_text
 from .hybrid import make_model
@@ -349,7 +349,7 @@ def held_questions(
     if not config.data.answer_key:
         raise ConfigError("answer_key='': there are no prompts and answers to ask about")
     held, room = (d for d in corpus(config.data).documents() if d.split == "valid"), config.model.max_seq_len
-    found = (d for d in held if len(tokenizer.encode(END + d.prompt + d.text).ids) < room)
+    found = (d for d in held if 1 + len(encode(tokenizer, d.prompt)) + len(encode(tokenizer, d.text)) < room)
     return [d for d, _ in zip(found, range(count), strict=False)]
 
 def ask(
@@ -361,7 +361,7 @@ def ask(
     "What a model answers, always with its likeliest word."
     rows = []
     for d in documents:
-        said = sample_text(model, tokenizer, END + d.prompt, tokens, temperature=0)
+        said = sample_text(model, tokenizer, [tokenizer.token_to_id(END), *encode(tokenizer, d.prompt)], tokens, temperature=0)
         right = final_number(said) is not None and final_number(said) == final_number(d.text)
         rows.append({"question": d.prompt.strip(), "answer": d.text, "said": said, "right": right})
     return rows

@@ -7,8 +7,8 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
            'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
-           'alarms', 'alarm_table', 'tolerance', 'verdict', 'because_table', 'verdict_table', 'bundle', 'StoredRun',
-           'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'LiveReport']
+           'alarms', 'alarm_table', 'tolerance', 'too_little', 'verdict', 'because_table', 'verdict_table', 'bundle',
+           'StoredRun', 'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'LiveReport']
 
 # %% ../nbs/17_report.ipynb #84222563
 import html
@@ -45,6 +45,7 @@ from hybrid_nb.account import (
     total_memory,
 )
 from .config import Config, ConfigError, asdict, from_dict
+from .data import LEAST_DOCUMENTS, LEAST_TOKENS
 from .runs import check_name, in_checkout, load_run, run_name
 from .train import ProgressLines, lr_at
 
@@ -486,12 +487,23 @@ def _open_questions(found: dict) -> list[str]:
     missing = [n for n in ("val_loss", "unigram_nats") if found[n] is None]
     return opens + [f"{name} is unknown" for name in missing]
 
+# %% ../nbs/17_report.ipynb #ac801306
+def too_little(run) -> list[str]:  # one sentence, or none
+    "What the last evaluation lacks to decide anything, and how to get it."
+    data, t, evals = run.info["data"], run.config.train, run.records("eval")
+    tokens, documents = evals[-1].get("tokens") if evals else None, data.get("valid_documents")
+    found = [f"{count:,} {what}{'s' * (count != 1)}" for count, least, what in ((tokens, LEAST_TOKENS, "token"),
+             (documents, LEAST_DOCUMENTS, "document")) if count is not None and count < least]
+    part = t.eval_batches and t.eval_batches * t.batch_size * t.seq_len < (data.get("valid_tokens") or 0)
+    more = "train.eval_batches higher (0: all that is held out)" if part else "data.valid_fraction higher, or give more text for validation"
+    return [f"a validation on {' of '.join(found)} decides nothing: set {more}"] if found else []
+
 # %% ../nbs/17_report.ipynb #06a73200
 def verdict(run) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
     "Whether the model has learned, by the threshold that was fixed before."
     found = headline(run)
     val, unigram, floor, gap = (found[n] for n in ("val_loss", "unigram_nats", "floor_nats", "gap_nats"))
-    fails, opens, says = _failures(run, found), _open_questions(found), []
+    fails, opens, says = _failures(run, found), _open_questions(found) + too_little(run), []
     if val is not None and unigram is not None:
         says.append(f"validation loss {val:.4f} (PPL {found['val_ppl']:.4g}), unigram entropy {unigram:.4f} nats")
     if gap is not None:

@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .account import GIB, count_params, memory, run_flops
 from .config import Config, HybridConfig, TrainConfig, asdict, config_hash, load_config
-from .data import END, TokenData, batch_hash, load_tokenizer, loader, prepare
+from .data import END, TokenData, batch_hash, load_tokenizer, loader, prepare, reading_lines
 from .decoder import checkpoint_activations, learned_state
 from .evaluate import evaluate, sample_text
 from .hybrid import make_model
@@ -515,6 +515,8 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     readers = world if layout is None else layout.readers  # among the processes that read batches of their own
     together = layout is not None and layout.together  # all processes are needed for a forward pass
     data = prepare(config.data, config.model.vocab_size, t.seq_len, cache, verify=True)
+    if main and data.source != "grammar":
+        print(reading_lines(data.reading), flush=True)
     tokenizer = load_tokenizer(data.folder)
     end = tokenizer.token_to_id(END)
     torch.manual_seed(t.seed)
@@ -558,7 +560,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     info |= {} if layout is None else {"parallel": layout.mode}
     if objective is not None:
         info["objective"], info["params"] = objective.info, parameter_statistics(model)._asdict()
-    prompt = tokenizer.decode(data.valid[:8].tolist())
+    prompt = data.valid[:8].tolist()
     sample_every = max(1, round(t.steps / t.eval_interval / 5)) * t.eval_interval
 
     def record(kind: str, **values):
@@ -577,8 +579,8 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
             return
         batches = data.valid_batches(t.batch_size, t.seq_len, t.eval_batches)
         loss = evaluate(model, batches, device, context())
-        share = loss.tokens / data.valid_targets
-        record("eval", val_loss=loss.nats, val_ppl=loss.ppl, bits_per_byte=loss.bits_per_byte(data.valid_bytes * share),
+        read = data.evaluated_bytes(t.batch_size, t.seq_len, t.eval_batches)
+        record("eval", val_loss=loss.nats, val_ppl=loss.ppl, bits_per_byte=loss.bits_per_byte(read),
                tokens=loss.tokens, elapsed_s=progress.elapsed_s)
         if loss.gates:
             mean, square, entropy = zip(*loss.gates, strict=True)
@@ -586,7 +588,8 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
         if loss.routing:
             record("routing", share=loss.routing)
         if progress.step % sample_every == 0 or progress.step == t.steps:
-            record("sample", prompt=prompt, text=sample_text(model, tokenizer, prompt, seed=t.seed))
+            record("sample", prompt=tokenizer.decode(prompt, skip_special_tokens=False),
+                   text=sample_text(model, tokenizer, prompt, seed=t.seed))
         if together:
             layout.rest(model)
 
@@ -688,6 +691,19 @@ def _note_failure(folder: Path, error: Exception):
             with suppress(OSError):
                 write_json(path, info | {"status": "failed", "error": str(error) or type(error).__name__})
 
+# %% ../nbs/15_train.ipynb #fd19980b
+@contextmanager
+def _worker_errors(name: str) -> Iterator[None]:
+    "Makes one line of the end of a process that reads batches, which PyTorch raises wherever training stands."
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        why = str(error).strip().splitlines()[0].rstrip(". ")
+        raise RunError(f"{name}: a process that reads batches was ended ({why}); the same command continues, "
+                       "and train.workers=0 needs no such process", IO) from None
+
 # %% ../nbs/15_train.ipynb #9566ca35
 def train(
     config: Config,
@@ -721,7 +737,8 @@ def train(
     with io_errors(f"run {folder}"), locked(folder) if main else nullcontext():
         with fast_float32(kind.type), stop_requests() as stop_signal:
             try:
-                _loop(config, folder, world, kind, on_update, Path(cache), trial, stop_signal, layout)
+                with _worker_errors(folder.name):
+                    _loop(config, folder, world, kind, on_update, Path(cache), trial, stop_signal, layout)
             except Exception as error:
                 if main:
                     _note_failure(folder, error)
