@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import pickle
 import random
@@ -389,3 +390,46 @@ def test_a_tokenizer_that_cannot_tell_a_marker_from_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"a {END} a"}) + "\n")
     with pytest.raises(DataError, match="makes its end token of"):
         prepare(DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path)), 400, 4, tmp_path / "cache")
+
+
+def test_a_worker_that_is_killed_ends_in_one_line_and_the_run_goes_on(tmp_path):
+    "The kernel kills a worker for memory; PyTorch raises this wherever training stands."
+    code = """
+import logging, multiprocessing
+sys.path.insert(0, sys.argv[2])
+from driver import tiny
+from hybrid_nb import train
+config = tiny(workers=1, steps=12, log_interval=1)
+def kill(folder):
+    for child in multiprocessing.active_children() if sys.argv[3] == "kill" else ():
+        os.kill(child.pid, signal.SIGKILL)
+        time.sleep(.5)
+try: print(train.train(config, sys.argv[1] + "/run", on_update=kill, cache=sys.argv[1] + "/cache").info["status"])
+except train.RunError as error: print(error.exit_code, error)
+"""
+    said = finish(start(code, tmp_path, Path(__file__).parent, "kill"))
+    assert len(said.splitlines()) == 1 and said.startswith("74 run: a process that reads batches was ended (DataLoader worker"), said
+    assert finish(start(code, tmp_path, Path(__file__).parent, "")).endswith("done\n")
+
+
+def test_training_says_what_it_reads(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name, count in (("train", 60), ("valid", 10), ("test", 1)):
+        (tmp_path / "text" / f"{name}.txt").write_text("\n<|endoftext|>\n".join(s.text for s in generate(count)))
+    code = """
+sys.path.insert(0, sys.argv[2])
+from driver import tiny
+from hybrid_nb import train
+run = train.train(tiny(source=sys.argv[1] + "/text", steps=2, eval_batches=0), sys.argv[1] + "/run", cache=sys.argv[1] + "/cache")
+print(json.dumps([run.info["data"], run.records("eval")[-1], run.records("sample")[-1]]))
+"""
+    *table, last = finish(start(code, tmp_path, Path(__file__).parent)).splitlines()
+    assert [line.split()[0] for line in table] == ["text", "training", "validation", "not"]
+    assert "train.txt" in table[1] and "valid.txt" in table[2] and "test.txt: a test split" in table[3]
+    info, found, sample = json.loads(last)
+    assert (info["train_documents"], info["valid_documents"], len(info["reading"])) == (60, 10, 3)
+    data = load_tokens(next((tmp_path / "cache").glob("tokens-*")))
+    first = load_tokenizer(data.folder).decode(data.valid[:1])
+    bits = found["val_loss"] * found["tokens"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits / (data.valid_bytes - len(first)), abs=1e-12)
+    assert sample["prompt"] == load_tokenizer(data.folder).decode(data.valid[:8], skip_special_tokens=False)
