@@ -408,7 +408,7 @@ try: print(train.train(config, sys.argv[1] + "/run", on_update=kill, cache=sys.a
 except train.RunError as error: print(error.exit_code, error)
 """
     said = finish(start(code, tmp_path, Path(__file__).parent, "kill"))
-    assert len(said.splitlines()) == 1 and said.startswith("74 run: a process that reads batches was ended (DataLoader worker"), said
+    assert len(said.splitlines()) == 1 and said.startswith("75 run: a process that reads batches was ended (DataLoader worker"), said
     assert finish(start(code, tmp_path, Path(__file__).parent, "")).endswith("done\n")
 
 
