@@ -7,8 +7,9 @@ __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'first_l
            'check_name', 'run_name', 'fsync_dir', 'no_links', 'write_file', 'replace_file', 'write_json', 'remove',
            'size_text', 'read_json', 'io_errors', 'check_space', 'lock_owner', 'locked', 'append_record',
            'read_records', 'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms',
-           'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'checkout', 'in_checkout',
-           'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'read_info', 'load_run', 'claim_folder']
+           'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout',
+           'in_checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'read_info', 'load_run',
+           'claim_folder']
 
 # %% ../nbs/13_runs.ipynb #e7eeff31
 import argparse
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import hybrid_nb
-from .config import Config, asdict, config_hash, from_dict
+from .config import Config, asdict, config_hash, from_dict, shipped
 from .lock import is_held, lock_marker, take_lock
 
 # %% ../nbs/13_runs.ipynb #c9de8668
@@ -98,7 +99,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         "Raise what is wrong."
         raise RunError(message)
-
 
 # %% ../nbs/13_runs.ipynb #12d0ef44
 def check_name(name: str) -> str:
@@ -167,7 +167,6 @@ def size_text(size: float) -> str:  # of bytes
     unit = min(int(math.log2(max(size, 1))) // 10, 4)
     return f"{size / 1024**unit:,.2f} {('', 'Ki', 'Mi', 'Gi', 'Ti')[unit]}B" if unit else f"{size:,.0f} bytes"
 
-
 # %% ../nbs/13_runs.ipynb #c1b84f88
 def read_json(
     path: Path,
@@ -189,7 +188,6 @@ def read_json(
     if not isinstance(value, dict):
         raise RunError(f"{path} is damaged: it holds {type(value).__name__}, not an object with names", BAD_DATA)
     return value
-
 
 # %% ../nbs/13_runs.ipynb #80534d61
 @contextmanager
@@ -241,7 +239,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
 
 # %% ../nbs/13_runs.ipynb #6b4401bd
 _CHECK = re.compile(rb', "check": "([0-9a-f]{16})"\}\Z')
@@ -318,7 +315,6 @@ def forget_after(folder: Path, step: int):
     late = [p for p in checkpoints(folder) if int(p.name[5:]) > step]
     for path in (*late, *folder.glob(".tmp-*"), *(folder / "checkpoints").glob(".tmp-*")):
         remove(path)
-
 
 # %% ../nbs/13_runs.ipynb #28803e21
 def sha256_file(path: Path) -> str:
@@ -473,20 +469,29 @@ def latest_checkpoint(
         raise RunError(f"no checkpoint of {folder} can be read; the newest: {skipped[0]}", BAD_DATA)
     return None, []
 
-
 # %% ../nbs/13_runs.ipynb #47475874
 def checkout() -> Path:
     "The folder that holds the package: the repository's root, where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
 
+def is_checkout() -> bool:
+    "False for an installed package, which holds its pipelines itself."
+    return shipped() == checkout() and (checkout() / "settings.ini").is_file()
+
 def in_checkout(
     folder: str | Path,  # a relative one lies in the checkout, or where there is none in the working folder
 ) -> Path:
     "Where a folder is that notebooks and commands name alike, wherever they run."
-    return (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
+    return (checkout() if is_checkout() else Path.cwd()) / folder
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    "What git prints of the checkout; None without one, without git, and of a repository that only surrounds the package."
+    if not is_checkout():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout if done.returncode == 0 else None
 
 def code_state() -> dict[str, Any]:
@@ -499,7 +504,7 @@ def code_state() -> dict[str, Any]:
 def lock_hash() -> str | None:
     "SHA-256 of constraints.txt, where the checkout has it."
     path = checkout() / "constraints.txt"
-    return sha256_file(path) if path.exists() else None
+    return sha256_file(path) if is_checkout() and path.exists() else None
 
 def versions() -> dict[str, str]:
     "Versions of what a number depends on."
