@@ -491,8 +491,13 @@ class Progress:
     busy_tokens: int = 0
     busy_s: float = 0.0
     windows: int = 0  # of the training split that have been read, by all processes
+    updates: int = 0  # steps that changed the parameters, as an fp16 overflow does not
 
-_LATER = {"windows"}  # fields that checkpoints of earlier versions lack
+_LATER = {"windows", "updates"}  # fields that checkpoints of earlier versions lack
+
+def _updates(found: Checkpoint, of: str = "optimizer") -> set[float]:
+    "How many updates an optimizer has made, as it counts them for each parameter."
+    return {float(t) for name, t in found.groups.get(of, {}).items() if name.endswith(".step") and t.numel() == 1}
 
 def read_progress(found: Checkpoint, config: TrainConfig) -> Progress:
     "The progress that a checkpoint holds, if a run can have come so far."
@@ -505,11 +510,16 @@ def read_progress(found: Checkpoint, config: TrainConfig) -> Progress:
             found.refuse(f"says {name}={value!r:.80}, which is no {kind.__name__}")
         if kind is not str and not (abs(value) < 2**63 and (value >= 0 or name == "loss_sum")):
             found.refuse(f"says {name}={str(value):.80}, which no run has")
-    progress = Progress(**{"windows": state["tokens"] // config.seq_len} | state)
+    updates = max(filter(math.isfinite, _updates(found)), default=0)
+    earlier = {"windows": state["tokens"] // config.seq_len, "updates": int(updates)}
+    progress = Progress(**earlier | state)
     if progress.step != found.step or progress.step > config.steps:
         found.refuse(f"says step={progress.step}, and is of step {found.step} of {config.steps}")
-    if progress.overflows > progress.step or progress.tokens > progress.windows * config.seq_len:
-        found.refuse(f"says overflows={progress.overflows}, tokens={progress.tokens}, windows={progress.windows} at step {progress.step}")
+    if progress.updates + progress.overflows > progress.step or progress.tokens > progress.windows * config.seq_len:
+        told = ", ".join(f"{name}={getattr(progress, name)}" for name in ("updates", "overflows", "tokens", "windows"))
+        found.refuse(f"says {told} at step {progress.step}")
+    if "updates" not in state and not progress.updates and progress.overflows < progress.step:
+        found.refuse(f"has no optimizer state at step {progress.step}")
     if not re.fullmatch(r"[0-9a-f]{64}" if progress.step else r"", progress.data_hash):
         found.refuse(f"says data_hash={progress.data_hash!r:.80}")
     return progress
@@ -564,15 +574,14 @@ def check_checkpoint(
     if "cuda" in found.groups.get("generators", {}):
         seeds["cuda"] = ["uint8", 16]
     found.expect("generators", seeds)
-    idle = progress.overflows == progress.step  # no update was made
     for name, part in parts.items():
         weights, moments = (name, f"{name}-optimizer") if name else ("model", "optimizer")
         found.expect(weights, tensor_forms(changed_weights(part)))
-        trained = {} if idle else {n: p for n, p in part.named_parameters() if p.requires_grad}
+        begun = progress.updates or found.groups.get(moments)  # an update that fp16 skips may leave moments of zero
+        trained = {n: p for n, p in part.named_parameters() if p.requires_grad} if begun else {}
         found.expect(moments, {k: form for n, p in trained.items() for k, form in _state_forms(n, p, config).items()})
-        steps = {float(t) for n, t in found.groups.get(moments, {}).items() if n.endswith(".step")}
-        if not (len(steps) <= 1 and all(0 < s <= progress.step and (scaler.is_enabled() or s == progress.step) for s in steps)):
-            found.refuse(f"has updates {sorted(steps)} in {moments} at step {progress.step}")
+        if trained and _updates(found, moments) != {progress.updates}:
+            found.refuse(f"has {sorted(_updates(found, moments))} updates in {moments}, not {progress.updates}")
         groups |= {weights, moments}
     if found.groups.keys() != groups:
         found.refuse(f"has {', '.join(sorted(found.groups))}, not {', '.join(sorted(groups))}")
@@ -777,7 +786,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
         spent = time.perf_counter() - began
         count = windows * t.seq_len
         progress.step, progress.tokens, progress.elapsed_s = step + 1, progress.tokens + count, progress.elapsed_s + spent
-        progress.windows += windows
+        progress.windows, progress.updates = progress.windows + windows, progress.updates + math.isfinite(norm)
         progress.data_hash = hashlib.sha256((progress.data_hash + digest).encode()).hexdigest()
         progress.overflows = progress.overflows + 1 if overflow else 0
         if step > first:  # the first update of a process also loads and compiles
