@@ -1148,7 +1148,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
     "The steps of the engine."
     given = dict(nb.metadata.papermill.get("parameters") or {})
     parameters = admit(declared(nb), {k: v for k, v in given.items() if k not in _PATHS})
-    _inject(nb, kernel_name, given | parameters)
+    _inject(nb, kernel_name, {k: v for k, v in given.items() if k in _PATHS} | parameters)
     report = _local_report(output)
     if report is None:
         outcome = execute(nb, kernel_name, echo_to=sys.stderr, **options)
