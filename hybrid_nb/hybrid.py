@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import LocalGlobalAttention
 from .config import PRESETS, HybridConfig, ModelConfig
-from .decoder import DecoderConfig, DecoderPreTrainedModel, linear_cross_entropy, make_decoder, token_positions
+from .decoder import DecoderConfig, DecoderPreTrainedModel, head_loss, make_decoder, token_positions
 from .ffn import GELUFeedForward
 from .rope import rope_table
 from .srte import SRTE
@@ -303,7 +303,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             count_B = (shift_labels != -100).sum(-1)
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = linear_cross_entropy(h_BTD, self.lm_head.weight, shift_labels) / count
+            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training:
                 loss, token_loss = token_loss + gate_loss(gates, count_B / count, shape), token_loss.detach()
         if not (self.training and loss is not None):

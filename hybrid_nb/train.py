@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict as dataclass_dict
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -508,6 +509,11 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]):
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
 
+@once
+def _say(line: str):
+    "Tell a line on the standard error, once a process."
+    print(line, file=sys.stderr, flush=True)
+
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal,
           layout) -> str:
     "Run the updates that remain; returns the state that the run ends in."
@@ -517,7 +523,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     data = prepare(config.data, config.model.vocab_size, t.seq_len, cache, verify=True)
     answers = check_answers(data, t.seq_len)
     if answers and main:
-        print(answers, file=sys.stderr, flush=True)
+        _say(answers)
     tokenizer = load_tokenizer(data.folder)
     end = tokenizer.token_to_id(END)
     torch.manual_seed(t.seed)
