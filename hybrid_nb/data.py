@@ -14,7 +14,6 @@ __all__ = ['GRAMMAR', 'NUMBERS', 'STORIES', 'END', 'BPE_TEXT', 'MOST_EMPTY', 'Da
 
 # %% ../nbs/02_data.ipynb #8feaecc4
 import codecs
-import fcntl
 import gzip
 import hashlib
 import json
@@ -29,7 +28,6 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from graphlib import CycleError, TopologicalSorter
@@ -39,6 +37,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -1035,20 +1034,13 @@ def _sync(path: Path):
     finally:
         os.close(fd)
 
-@contextmanager
-def _locked(path: Path):
-    "Holds a lock file; the system frees it when the process ends, however it ends."
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 def publish(
     folder: Path,  # appears complete, or not at all
     fill: Callable[[Path], dict[str, Any]],  # writes files into the folder it is given, returns facts for the manifest
 ) -> None:
     "Makes a folder of files with a manifest, unless it is there."
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    with FileLock(folder.parent / f".{folder.name}.lock"):  # freed when the process ends, however it ends
         if folder.exists():
             return
         for left in folder.parent.glob(f".tmp-{folder.name}-*"):  # by a writer that was killed: the lock is ours

@@ -21,7 +21,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import LocalGlobalAttention
 from .config import PRESETS, HybridConfig, ModelConfig
-from .decoder import DecoderConfig, DecoderPreTrainedModel, head_loss, make_decoder, token_positions
+from hybrid_nb.decoder import (
+    DecoderConfig,
+    DecoderPreTrainedModel,
+    attribute_names,
+    head_loss,
+    make_decoder,
+    token_positions,
+)
 from .ffn import GELUFeedForward
 from .rope import rope_table
 from .srte import SRTE
@@ -32,10 +39,7 @@ class HybridLanguageModelConfig(DecoderConfig):
     "A `HybridConfig` in the form that transformers saves beside weights."
     model_type = "hybrid_nb_hybrid"
     record = HybridConfig
-    attribute_map = {
-        "hidden_size": "d_model", "num_layers": "n_layer", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "max_seq_len", "tie_word_embeddings": "tie_embeddings",
-    }
+    attribute_map = attribute_names(HybridConfig)
     keys_to_ignore_at_inference = ["past_key_values", "token_loss", "gates"]
 
     def __init__(self, **values):  # without one, transformers would write its own

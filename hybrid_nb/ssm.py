@@ -14,8 +14,12 @@ import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -422,28 +426,110 @@ def _instruction_set() -> str:
     except (OSError, StopIteration):
         return platform.machine() + platform.processor()
 
-def _cache_folder() -> Path | None:  # None: it cannot be written
-    "The user's cache folder for compiled kernels."
+def _cache_path() -> Path | None:  # None: there is no absolute one
+    "The user's folder for compiled kernels; a relative XDG_CACHE_HOME counts as none, as its specification says."
+    named = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_nb"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if os.access(folder, os.W_OK) else None
-    except (OSError, RuntimeError):
+        path = (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "hybrid_nb"
+    except RuntimeError:  # no HOME, and no entry in the user database
+        return None
+    return path if path.is_absolute() else None
+
+def _check_own(fd: int, name: str):
+    "Refuse what another user could have written."
+    info = os.fstat(fd)
+    if info.st_uid != os.geteuid():
+        raise PermissionError(f"{name} belongs to user {info.st_uid}, not to {os.geteuid()}")
+    if info.st_mode & 0o022:
+        raise PermissionError(f"{name} can be written by others (mode {info.st_mode & 0o777:o})")
+
+@contextmanager
+def _cache_folder() -> Iterator[int | None]:  # a descriptor; None: there is none that could be trusted
+    "The cache folder, made where it is missing."
+    path, fd = _cache_path(), None
+    try:
+        if path is not None:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            _check_own(fd, str(path))
+    except OSError as error:
+        _pass_over(error)
+        fd = os.close(fd) if fd is not None else None
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+def _pass_over(error: OSError):
+    "Say in one line what of the cache is not used, and why."
+    print(f"the kernel's cache is passed over: {error}", file=sys.stderr)
+
+# %% ../nbs/07_ssm.ipynb #b765c563
+def _read_own(name: str, folder: int) -> bytes:
+    "A regular file in an open folder that only this user can have written."
+    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{name} is no regular file")
+        _check_own(file.fileno(), name)
+        return file.read()
+
+def _write_own(name: str, data: bytes, folder: int):
+    "Replace a file in an open folder at once and durably."
+    temporary = f".tmp-{name}-{os.getpid()}"
+    with suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=folder)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+
+def _kept_library(name: str, folder: int) -> bytes | None:  # None: there is none that is whole and ours
+    "The library in the cache, if its hash is the one beside it."
+    try:
+        library, told = _read_own(name, folder), _read_own(f"{name}.sha256", folder)
+        if hashlib.sha256(library).hexdigest().encode() == told:
+            return library
+        raise OSError(f"{name} has another hash than {name}.sha256 says; it is compiled anew")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _pass_over(error)
         return None
 
-def _compile(compiler: str, path: Path):
-    "Compile the source into a file that appears at once and whole."
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _keep_library(name: str, library: bytes, folder: int):
+    "Put a library and its hash into the cache, if it can be written."
+    try:
+        _write_own(f"{name}.sha256", hashlib.sha256(library).hexdigest().encode(), folder)
+        _write_own(name, library, folder)
+    except OSError as error:
+        _pass_over(error)
+
+# %% ../nbs/07_ssm.ipynb #3d47918d
+def _compile(compiler: str) -> bytes:
+    "The library that the source compiles to."
+    with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "scan.cpp", Path(folder) / "scan.so"
         source.write_text(_SOURCE)
         subprocess.run([compiler, *_FLAGS, str(source), "-o", str(library)], check=True, capture_output=True, timeout=300)
-        os.replace(library, path)
+        return library.read_bytes()
 
-# %% ../nbs/07_ssm.ipynb #3d47918d
-def _load(path: Path):
-    scan = ctypes.CDLL(str(path)).scan
-    scan.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_void_p]
-    return scan
+def _load(library: bytes, places: tuple[Path | None, ...]):  # places for a private folder; None: the system's
+    "The scan in a library."
+    for place in places:
+        with suppress(OSError), tempfile.TemporaryDirectory(dir=place) as folder:
+            path = Path(folder) / "scan.so"
+            path.write_bytes(library)
+            scan = ctypes.CDLL(str(path)).scan
+            scan.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_void_p]
+            return scan
+    raise OSError("no place for a library that can be executed")
 
 @functools.cache
 def _native_scan():  # None where there is no compiler, or it fails
@@ -452,16 +538,18 @@ def _native_scan():  # None where there is no compiler, or it fails
     if compiler is None:
         return None
     key = hashlib.sha256("\n".join([_SOURCE, *_FLAGS, compiler, _instruction_set()]).encode()).hexdigest()[:16]
-    try:
-        with tempfile.TemporaryDirectory() as private:
-            path = (_cache_folder() or Path(private)) / f"scan-{key}.so"
-            try:
-                return _load(path)
-            except (OSError, AttributeError):
-                _compile(compiler, path)
-                return _load(path)
-    except (OSError, AttributeError, subprocess.SubprocessError):
-        return None
+    name, failures = f"scan-{key}.so", (OSError, AttributeError, subprocess.SubprocessError)
+    with _cache_folder() as folder, suppress(*failures):
+        places = (None,) if folder is None else (None, _cache_path())
+        kept = None if folder is None else _kept_library(name, folder)
+        if kept is not None:
+            with suppress(*failures):
+                return _load(kept, places)
+        library = _compile(compiler)
+        if folder is not None:
+            _keep_library(name, library, folder)
+        return _load(library, places)
+    return None
 
 # %% ../nbs/07_ssm.ipynb #2cc7b40d
 def scan_kernel(

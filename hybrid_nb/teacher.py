@@ -8,7 +8,6 @@ __all__ = ['AGREE', 'PRECISIONS', 'LIMIT_GIB', 'Place', 'own_places', 'Tap', 'Tu
            'check_layers', 'Reader', 'Rows', 'token_rows', 'window_rows', 'make_room', 'KVStore', 'extract']
 
 # %% ../nbs/22_teacher.ipynb #05ca0e65
-import fcntl
 import hashlib
 import inspect
 import json
@@ -17,6 +16,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ from .decoder import DecoderPreTrainedModel
 from .hybrid import HybridLanguageModel  # registers our models with transformers
 from .projector import merge_heads, read_teacher, undo_rope
 from .rope import Stretch, rope_table
-from .runs import BAD_DATA, IO, NUMERIC, RunError, io_errors, tensor_hash, write_json
+from .runs import BAD_DATA, IO, NUMERIC, RunError, io_errors, is_held, size_text, take_lock, tensor_hash, write_json
 
 # %% ../nbs/22_teacher.ipynb #2de4b3de
 class Place(NamedTuple):
@@ -597,12 +597,7 @@ def _used(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 def _in_use(folder: Path) -> bool:
-    with open(folder / "identity.json") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return any(is_held(path) for path in folder.glob(".use-*"))
 
 def make_room(
     root: Path,  # of all extractions
@@ -612,7 +607,7 @@ def make_room(
 ) -> list[Path]:  # what went
     "Remove the extractions used longest ago until a new one fits."
     if need > limit:
-        raise RunError(f"{what} exceeds the {limit / 2**30:.2f} GiB that extractions may take", IO)
+        raise RunError(f"{what} exceeds the {size_text(limit)} that extractions may take", IO)
     old, gone = sorted((p.parent for p in root.glob("*/identity.json")), key=lambda p: (p / "identity.json").stat().st_mtime), []
     taken = {p: _used(p) for p in old}
     for path in old:
@@ -621,11 +616,11 @@ def make_room(
             del taken[path]
             gone.append(path)
     if need + sum(taken.values()) > limit:
-        raise RunError(f"{what} and the {sum(taken.values()) / 2**30:.2f} GiB in use exceed the {limit / 2**30:.2f} GiB that "
+        raise RunError(f"{what} and the {size_text(sum(taken.values()))} in use exceed the {size_text(limit)} that "
                        f"extractions may take in {root}", IO)
     free = shutil.disk_usage(root).free
     if need > free:
-        raise RunError(f"{what}, and the disk of {root} has {free / 2**30:.2f} GiB free", IO)
+        raise RunError(f"{what}, and the disk of {root} has {size_text(free)} free", IO)
     return gone
 
 # %% ../nbs/22_teacher.ipynb #c9a62fb6
@@ -680,17 +675,21 @@ def _open(root: Path, folder: Path, identity: dict[str, Any], need: int, limit: 
     "Claim an extraction's folder, which nobody removes as long as the store lives."
     with io_errors(f"cannot write to {root}"):
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = take_lock(root / ".lock", wait=-1)
+        try:
             if not folder.exists():
                 make_room(root, need, limit, what)
                 folder.mkdir()
                 write_json(folder / "identity.json", identity)
             _check_identity(folder, identity)
             os.utime(folder / "identity.json")
-            file = open(folder / "identity.json")
-            fcntl.flock(file, fcntl.LOCK_SH)
-    return KVStore(folder, identity, file)
+            for left in folder.glob(".use-*"):
+                if not is_held(left):
+                    left.unlink(missing_ok=True)
+            use = take_lock(folder / f".use-{uuid.uuid4().hex}")
+        finally:
+            lock.release()
+    return KVStore(folder, identity, use)
 
 # %% ../nbs/22_teacher.ipynb #945d7e0b
 def _write_shard(read: Reader, rows: Rows, first: int, last: int, batch: int, precision: str, into: Path) -> dict[str, Any]:
@@ -727,7 +726,7 @@ def extract(
     row_bytes = len(read.layers) * 2 * rows.length * W * size
     need = rows.count * row_bytes
     what = (f"{rows.count:,} rows x {rows.length} tokens x {len(read.layers)} layers x 2 x {W} wide x {size} bytes = "
-            f"{need / 2**30:.2f} GiB of keys and values of {teacher.source}")
+            f"{size_text(need)} of keys and values of {teacher.source}")
     identity = {"source": teacher.source, "teacher": teacher.sha256, "tokenizer": teacher.tokenizer_sha256, "tokens": rows.sha256,
                 "layers": list(read.layers), "precision": precision, "rows": rows.count, "length": rows.length, "width": W,
                 "how": str(read.way), "shard_rows": max(1, shard_bytes // row_bytes)}

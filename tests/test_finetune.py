@@ -184,7 +184,8 @@ def test_a_head_of_its_own_goes_on(tmp_path, work):
     shutil.copytree(base, tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base" / "model").eval()
     assert run.config.model.tie_embeddings and model.config.tie_embeddings
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]))
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], modules_to_save=["lm_head"])
+    wrapped = peft.get_peft_model(model, lora)
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
             if "modules_to_save" in name:

@@ -305,6 +305,17 @@ def test_secrets_and_paths_stay_out(tmp_path):
     assert nbformat.read(report, 4).cells[5].outputs[0].text == "ipc\n"
 
 
+def test_forty_thousand_lines_are_kept(tmp_path):
+    many = "for i in range(40_000): print('line', i, 'https://me:pw@example.org/x')"
+    tiny(tmp_path / "pipelines" / "train.ipynb", many, SHOW)
+    code, out, err = end(start([*PAPERMILL, "pipelines/train.ipynb"], tmp_path))
+    assert code == 0, err
+    lines = [f"line {i} https://example.org/x" for i in range(40_000)]
+    assert out.splitlines()[:40_000] == lines
+    (report,) = (tmp_path / "reports").glob("*.ipynb")
+    assert nbformat.read(report, 4).cells[3].outputs[0].text.splitlines() == lines
+
+
 def test_command_lines_are_read_as_click_reads_them():
     pool = "a.ipynb b.ipynb -p -pmodel x -1 --parameters=x --log-level INFO --engine=e -k -kpy --prepare-only -- "
     pool = (pool + "--no-progress-bar -y {} - --autosave-cell-every 5").split()
