@@ -29,7 +29,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -189,12 +188,21 @@ def base_hash(model: nn.Module) -> str:
              if ".lora_" not in name and ".modules_to_save." not in name}
     return f"{tensor_hash(state)} {base.dtype}"
 
+def _note_base(path: Path, base: str):
+    "Write the base's hash into the header of a safetensors file, always at the same place."
+    old = path.read_bytes()
+    size = int.from_bytes(old[:8], "little")
+    header = json.loads(old[8 : 8 + size])
+    text = json.dumps(header | {"__metadata__": {"base": base, "format": "pt"}}).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + old[8 + size :])
+
 def save_adapter(wrapped, folder: str | Path):
     "Write the adapters alone, as peft does, with the hash of their base."
     with io_errors(f"adapter {folder}"):
         wrapped.save_pretrained(folder, save_embedding_layers=False)
         for path in Path(folder).rglob("adapter_model.safetensors"):  # a second adapter has a folder of its own
-            save_file(load_file(path), path, {"format": "pt", "base": base_hash(wrapped)})
+            _note_base(path, base_hash(wrapped))
             (path.parent / "README.md").unlink(missing_ok=True)  # peft's empty form
 
 def _check_adapter(model: nn.Module, file: Path):

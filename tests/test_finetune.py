@@ -166,7 +166,7 @@ def asked_of(folder: Path, words: int, count: int = 60) -> str:
 
 def test_prompts_that_leave_no_answer_are_refused_before_training(tmp_path, work, capfd):
     base = train(BASES["decoder"], work / "base-decoder", device="cpu", cache=work / "cache")
-    same = {"valid_fraction": 0.3, "steps": 4, "seq_len": 32}
+    same = {"data.valid_fraction": 0.3, "steps": 4, "seq_len": 32}
     with pytest.raises(DataError, match=r"^\d+ of \d+ training prompts \(100%\) are longer than a window of seq_len=32, and "):
         train(tuning_config(base, asked_of(tmp_path, 100), overrides=same), tmp_path / "no", device="cpu", cache=work / "cache")
     assert not (tmp_path / "no" / "model").exists()
@@ -198,7 +198,7 @@ def test_a_head_of_its_own_goes_on(tmp_path, work):
         (tmp_path / "base" / "model" / "config.json").write_text(json.dumps(config))
         again = load_run(tmp_path / "base")
         tuning = tuning_config(again, str(problems(work / "cache", 200)), overrides={"steps": 1, "eval_interval": 1})
-        found = train(replace(tuning, finetune=FinetuneConfig(str(again.path), rank=4)), tmp_path / f"on-{tied}", device="cpu",
+        found = train(replace(tuning, finetune=FinetuneConfig(str(again.path), rank=4)), tmp_path / f"on-{tied}".lower(), device="cpu",
                       cache=work / "cache")
         data = prepare(tuning.data, tuning.model.vocab_size, tuning.train.seq_len, work / "cache")
         batches = data.valid_batches(tuning.train.batch_size, tuning.train.seq_len, tuning.train.eval_batches)
