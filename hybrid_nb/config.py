@@ -7,7 +7,7 @@ __all__ = ['ALIASES', 'QK_STATES', 'Projection', 'OutputProjection', 'MODEL_NAME
            'YAML_DEPTH', 'YAML_VALUES', 'ConfigError', 'brief', 'closest', 'names_of', 'agree', 'understood',
            'ModelConfig', 'HybridConfig', 'TrainConfig', 'DataConfig', 'DistillConfig', 'FinetuneConfig', 'Config',
            'asdict', 'config_hash', 'cast_number', 'is_nothing', 'cast', 'resolve', 'changed', 'override', 'written',
-           'get_config', 'read_yaml', 'read_yaml_file', 'to_yaml', 'from_dict', 'load_config']
+           'get_config', 'shipped', 'find_file', 'read_yaml', 'read_yaml_file', 'to_yaml', 'from_dict', 'load_config']
 
 # %% ../nbs/01_config.ipynb #bbf8ce1b
 import dataclasses
@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+import hybrid_nb
 
 # %% ../nbs/01_config.ipynb #392cb0a4
 class ConfigError(ValueError):
@@ -69,7 +71,7 @@ def _check(ok: bool, message: str):
         raise ConfigError(message)
 
 # the largest values of integers; of those that are not named here, 2**31 - 1
-_MOST = {"n_layer": 4096, "moe_layers": 4096, "n_routed_experts": 65_536, "n_shared_experts": 4096, "workers": 1024, "mlp_ratio": 4096,
+_MOST = {"n_layer": 1024, "moe_layers": 1024, "n_routed_experts": 65_536, "n_shared_experts": 4096, "workers": 1024, "mlp_ratio": 4096,
          "expand": 4096, **dict.fromkeys(("seed", "ortho_seed", "grammar_seed"), 2**32 - 1)}  # torch's CPU generator keeps 32 bits
 
 def _check_number(name: str, value: Any, integer: bool):
@@ -644,6 +646,9 @@ def _unknown(key: str, model: type, whose: str) -> ConfigError:
     known, bare = _field_map(model), key.rpartition(".")[2]
     if bare in MODEL_NAMES - names_of(known):
         return ConfigError(f"{key!r} is no parameter of {whose!r}, which is a {'decoder' if model is ModelConfig else 'hybrid model'}")
+    own = ALIASES.get(bare, bare)
+    if own in known:
+        return ConfigError(f"unknown parameter {brief(key)} (did you mean '{known[own][0]}.{bare}'?)")
     dotted = [f"{p}.{n}" for n, (p, _) in known.items()] + [f"model.{n}" for n in MODEL_NAMES]
     dotted += [f"{p}.{f.name}" for p, record in _OPTIONAL.items() for f in fields(record)]
     return ConfigError(f"unknown parameter {brief(key)}{closest(key, dotted if '.' in key else FIELD_NAMES)}")
@@ -792,10 +797,23 @@ def get_config(
         raise ConfigError(f"unknown preset {brief(name)}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return override(PRESETS[name], overrides or {})
 
+# %% ../nbs/01_config.ipynb #e3bd320c
+def shipped() -> Path:
+    "The folder that holds the package's own `pipelines/`: the package where it is installed, the root in a checkout."
+    package = Path(hybrid_nb.__file__).resolve().parent
+    return package if (package / "pipelines").is_dir() else package.parent
+
+def find_file(
+    path: str | Path,
+) -> Path:  # the same, or where there is nothing the package's own of `pipelines/`
+    "The file that a path names."
+    path = Path(path)
+    own = shipped() / path
+    return own if path.parts[:1] == ("pipelines",) and own.is_file() and not path.exists() else path
+
 # %% ../nbs/01_config.ipynb #be76fd27
 YAML_BYTES, YAML_DEPTH, YAML_VALUES = 100_000, 20, 10_000  # of a file; levels; values, with aliases written out
-_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
-          "false": False, "False": False, "FALSE": False}
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 def _plain(text: str) -> Any:
     "What a scalar without quotes is."
@@ -913,8 +931,9 @@ def read_yaml_file(
     what: str = "configuration",  # file, for messages
 ) -> Any:
     "The plain values of a YAML file."
-    _check(os.path.isfile(path), f"no {what} file {str(path)[:200]}")
-    with open(path, "rb") as file:
+    found = find_file(path)
+    _check(os.path.isfile(found), f"no {what} file {str(path)[:200]}")
+    with open(found, "rb") as file:
         return read_yaml(file.read(YAML_BYTES + 1), str(path)[-200:])
 
 # %% ../nbs/01_config.ipynb #f9d666b4

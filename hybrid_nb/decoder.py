@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['foreign_names', 'is_newer', 'check_foreign', 'attribute_names', 'DecoderConfig', 'make_norm', 'DecoderBlock',
-           'settle_tying', 'DecoderPreTrainedModel', 'token_positions', 'DecoderModelOutput', 'DecoderModel',
-           'linear_cross_entropy', 'head_loss', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state',
-           'to_llama', 'checkpoint_activations']
+           'settle_tying', 'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'Texts', 'next_tokens',
+           'count_targets', 'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel', 'linear_cross_entropy',
+           'head_loss', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama',
+           'checkpoint_activations']
 
 # %% ../nbs/09_decoder.ipynb #7dbd8b7b
 import re
 import warnings
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,9 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from .attention import Attention, RMSNorm, ShiftedLayer, projection, shifted_cache
+from .attention import Attention, RMSNorm, ShiftedLayer, keep_positions, kept_positions, projection, shifted_cache, text_mask
 from hybrid_nb.config import (
     ALIASES,
     MODEL_NAMES,
@@ -180,13 +182,16 @@ class DecoderBlock(GradientCheckpointingLayer):
         past_key_values=None,
         shared: nn.ModuleDict | None = None,
         implementation: str = "sdpa",
-        first_BT: Tensor | None = None,  # True where a sequence begins
+        first_BT: Tensor | None = None,  # True where a text begins
         keep_BT: Tensor | None = None,  # False where padded
-    ) -> tuple[Tensor, Tensor | None]:  # (B, T, D), and the routing statistics (2, B, E) of a mixture of experts
+        rows: Tensor | None = None,  # the tokens of each text, as in `Texts`; None: each row is one text
+        maps: list[Tensor] | None = None,  # the attention's probabilities are appended
+    ) -> tuple[Tensor, Tensor | None]:  # (B, T, D), and the routing statistics (2, B or texts, E) of a mixture of experts
         drop = partial(F.dropout, p=self.dropout, training=self.training)
-        h_BTD = h_BTD + drop(self.self_attn(self.input_layernorm(h_BTD), rope, mask, past_key_values, shared, implementation, first_BT))
+        x_BTD = self.input_layernorm(h_BTD)
+        h_BTD = h_BTD + drop(self.self_attn(x_BTD, rope, mask, past_key_values, shared, implementation, first_BT, maps))
         x_BTD = self.post_attention_layernorm(h_BTD)
-        y_BTD, routing = self.mlp(x_BTD, keep_BT) if self.routed else (self.mlp(x_BTD), None)
+        y_BTD, routing = self.mlp(x_BTD, keep_BT, rows) if self.routed else (self.mlp(x_BTD), None)
         return h_BTD + drop(y_BTD), routing
 
 # %% ../nbs/09_decoder.ipynb #5cb1e7f6
@@ -206,6 +211,16 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        "Called by `generate`, which would else count a cache's texts as one."
+        position_ids, cache = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs), model_kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        before, T = kept_positions(cache, past), position_ids.shape[1] - past
+        if before is None or T < 1:
+            return position_ids
+        new = token_positions(T, self.config.max_seq_len, position_ids.device, model_kwargs.get("attention_mask"), past, before=before)
+        return torch.cat([before.expand(len(new), -1), new], 1)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -236,6 +251,14 @@ class DecoderPreTrainedModel(PreTrainedModel):
         super(DecoderPreTrainedModel, settle_tying(self)).save_pretrained(*args, **kwargs)
 
 # %% ../nbs/09_decoder.ipynb #c016c7b9
+def _last_position(before_BP: Tensor, keep_BP: Tensor | None) -> Tensor:  # (B or 1, 1)
+    "The position of the last real token; -1 where there is none."
+    if keep_BP is None:
+        return before_BP[:, -1:]
+    index = torch.arange(before_BP.shape[1], device=before_BP.device)
+    last = index.where(keep_BP, -1).amax(1, keepdim=True)
+    return before_BP.expand(len(last), -1).gather(1, last.clamp(min=0)).where(last >= 0, -1)
+
 def token_positions(
     T: int,  # new tokens
     limit: int,  # positions that the model is made for
@@ -243,21 +266,147 @@ def token_positions(
     attention_mask: Tensor | None = None,  # (B, past + T), 0 where padded; None or another rank: no padding
     past: int = 0,  # tokens in the cache
     position_ids: Tensor | None = None,  # (B or 1, T), where the caller has them
+    before: Tensor | None = None,  # (B or 1, past): positions of the tokens in the cache, where they are known
 ) -> Tensor:  # (B or 1, T)
     "Positions of T new tokens."
-    if past + T > limit:
-        raise ValueError(f"a sequence of {past + T} tokens exceeds the model's positions, max_seq_len={limit}")
-    if position_ids is not None:
-        return position_ids
-    if attention_mask is None or attention_mask.dim() != 2:
-        return torch.arange(past, past + T, device=device)[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+    keep_BS = attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
+    if position_ids is None and before is None:
+        if past + T > limit:
+            raise ValueError(f"a sequence of {past + T} tokens exceeds the model's positions, max_seq_len={limit}")
+        if keep_BS is None:
+            return torch.arange(past, past + T, device=device)[None]
+        return (keep_BS.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+    if position_ids is None:
+        count = torch.arange(1, T + 1, device=device)[None] if keep_BS is None else keep_BS[:, -T:].long().cumsum(-1)
+        position_ids = (_last_position(before, None if keep_BS is None else keep_BS[:, :past]) + count).clamp(min=0)
+    elif position_ids.shape[-1] != T:
+        raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} do not fit {T} new tokens")
+    position_ids = position_ids[None] if position_ids.dim() == 1 else position_ids
+    position_ids = position_ids if keep_BS is None else position_ids.where(keep_BS[:, -T:], 0)
+    if position_ids.numel() and not torch.compiler.is_compiling():
+        first, last = torch.stack(position_ids.aminmax()).tolist()
+        if first < 0 or last >= limit:
+            at = f"position {first} is negative" if first < 0 else f"position {last} exceeds the model's positions"
+            raise ValueError(f"{at}: they run from 0 to {limit - 1}, max_seq_len={limit}")
+    return position_ids
+
+# %% ../nbs/09_decoder.ipynb #0f62b9aa
+def text_starts(
+    position_BS: Tensor,
+    keep_BS: Tensor | None = None,  # bool: False where padded
+) -> Tensor:  # (B, S) bool
+    "Where texts begin."
+    if keep_BS is None:
+        return F.pad(position_BS.diff() != 1, (1, 0), value=True)
+    index = torch.arange(keep_BS.shape[1], device=keep_BS.device)
+    real = F.pad(index.where(keep_BS, -1).cummax(1).values, (1, 0), value=-1)[:, :-1]  # the last real token before
+    position_BS = position_BS.expand(len(keep_BS), -1)
+    step = position_BS - position_BS.gather(1, real.clamp(min=0))
+    return keep_BS & ~((real >= 0) & ((step == 1) | (step == index - real)))
+
+class Texts(NamedTuple):
+    "The texts in the rows of a batch."
+    position_BS: Tensor  # of past and new tokens
+    first_BS: Tensor  # True where a text begins
+    text_BS: Tensor | None = None  # number of each token's text in its row; None: each row is one text
+    keep_BT: Tensor | None = None  # False where a new token is padding; None: none is
+    rows: Tensor | None = None  # (texts, longest): which of the B * T new tokens each text has, -1 beyond; None: each row is one text
+
+    @classmethod
+    def of(
+        cls,
+        position_ids: Tensor,  # (B or 1, T), of new tokens
+        B: int,
+        keep_BS: Tensor | None = None,  # bool, over past and new tokens
+        past: int = 0,  # tokens in the cache
+        before: Tensor | None = None,  # their positions; None: unknown, so that the new tokens continue them
+        count: bool = True,  # whether the caller's positions, or the cache's, may make several texts of a row
+    ) -> "Texts":
+        "What positions say of texts."
+        T = position_ids.shape[1]
+        if past and before is None:
+            before = position_ids[:, :1] + torch.arange(-past, 0, device=position_ids.device)
+        if past:
+            n = max(len(before), len(position_ids))
+            position_ids = torch.cat([before.expand(n, -1), position_ids.expand(n, -1)], 1)
+        keep_BT = None if keep_BS is None else keep_BS[:, -T:]
+        first_BS = text_starts(position_ids, keep_BS).expand(B, -1)
+        if not count or not (torch.compiler.is_compiling() or (first_BS.sum(1) > 1).any()):
+            return cls(position_ids, first_BS, None, keep_BT)
+        text_BS = first_BS.long().cumsum(1)
+        return cls(position_ids, first_BS, text_BS, keep_BT, _text_rows(text_BS[:, -T:], keep_BT))
+
+def _text_rows(text_BT: Tensor, keep_BT: Tensor | None) -> Tensor | None:
+    "The tokens of each text."
+    if torch.compiler.is_compiling():
+        return None
+    number_N = (text_BT + torch.arange(len(text_BT), device=text_BT.device)[:, None] * (text_BT.max() + 1)).flatten()
+    token_N = torch.arange(len(number_N), device=number_N.device)
+    if keep_BT is not None:
+        number_N, token_N = number_N[keep_BT.flatten()], token_N[keep_BT.flatten()]
+    sizes = number_N.unique_consecutive(return_counts=True)[1].tolist()
+    return nn.utils.rnn.pad_sequence(token_N.split(sizes), batch_first=True, padding_value=-1)
+
+# %% ../nbs/09_decoder.ipynb #a6f3108d
+def next_tokens(
+    labels: Tensor,  # (B, T) word ids
+    texts: Texts | None = None,  # None: each row is one text, without padding
+) -> Tensor:  # (B, T) word ids, -100 where a token has no target
+    "What each token is to predict: the next one of its text."
+    target_BT = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    if texts is None:
+        return target_BT
+    none_BT = F.pad(texts.first_BS[:, -labels.shape[1] :][:, 1:], (0, 1))
+    if texts.keep_BT is not None:
+        none_BT = none_BT | ~texts.keep_BT | F.pad(~texts.keep_BT[:, 1:], (0, 1))
+    return target_BT.masked_fill(none_BT, -100)
+
+def count_targets(
+    target_BT: Tensor,  # word ids, -100 where there is none
+    texts: Texts | None = None,
+) -> Tensor:  # (B or texts,)
+    "How many targets each text has."
+    real_BT = target_BT != -100
+    if texts is None or texts.rows is None:
+        return real_BT.sum(-1)
+    return (real_BT.flatten()[texts.rows] & (texts.rows >= 0)).sum(-1)
 
 # %% ../nbs/09_decoder.ipynb #92930b2e
 @dataclass
 class DecoderModelOutput(BaseModelOutputWithPast):
     "Hidden states with what the routers did."
-    routing: Tensor | None = None  # (L, 2, B, E), as `routing_statistics` gives them, of the layers with experts
+    routing: Tensor | None = None  # (L, 2, B or texts, E), as `routing_statistics` gives them, of the layers with experts
+    texts: Texts | None = None  # None: each row is one text, without padding
+
+def causal_mask(
+    config: PreTrainedConfig,
+    h_BTD: Tensor,
+    attention_mask: Tensor | None,  # (B, past + T), 0 where padded; of four dimensions it is the whole answer
+    past_key_values,
+    texts: Texts | None = None,
+) -> Tensor | None:  # (B, 1, T, S) for `attend`
+    "Who sees whom: the past of a token's own text, without padding."
+    text_BS = None if texts is None else texts.text_BS
+    if attention_mask is None and past_key_values is None and text_BS is None:
+        return None
+    mask = create_causal_mask(config=config, inputs_embeds=h_BTD, attention_mask=attention_mask, past_key_values=past_key_values,
+                              allow_is_causal_skip=text_BS is None)
+    if text_BS is None or (attention_mask is not None and attention_mask.dim() == 4):
+        return mask
+    same = text_mask(text_BS, h_BTD.shape[1])
+    same = F.pad(same, (0, mask.shape[-1] - same.shape[-1]))  # a static cache has room left
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
+
+def wants_maps(
+    config: PreTrainedConfig,
+    output_attentions: bool | None,  # None: as the configuration says
+) -> bool:
+    "Whether attention maps are asked for, after a check that they can be had."
+    wanted = config.output_attentions if output_attentions is None else output_attentions
+    if wanted and config._attn_implementation != "eager":
+        raise ValueError(f"output_attentions=True with attn_implementation={config._attn_implementation!r}: "
+                         "only 'eager' has attention maps; load the model with attn_implementation='eager'")
+    return bool(wanted)
 
 class DecoderModel(DecoderPreTrainedModel):
     "Token ids to hidden states."
@@ -273,15 +422,34 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _texts(
+        self, position_ids: Tensor | None, attention_mask: Tensor | None, past_key_values, h_BTD: Tensor
+    ) -> tuple[Tensor, Texts | None]:
+        "Positions (B or 1, T) of the new tokens, and the texts; None: each row is one text, without padding."
+        (B, T), config = h_BTD.shape[:2], self.config
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        prepared = attention_mask is not None and attention_mask.dim() == 4 and past_key_values is not None and not config.qk_shift
+        before = None if prepared else kept_positions(past_key_values, past)
+        keep_BS = attention_mask[:, : past + T].bool() if attention_mask is not None and attention_mask.dim() == 2 else None
+        if keep_BS is not None and keep_BS.shape[1] < past + T:
+            keep_BS = None
+        count = position_ids is not None or before is not None
+        position_ids = token_positions(T, config.max_seq_len, h_BTD.device, keep_BS, past, position_ids, before)
+        if prepared or not (count or past_key_values is not None or keep_BS is not None or config.qk_shift):
+            return position_ids, None
+        return position_ids, Texts.of(position_ids, B, keep_BS, past, before, count)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, past + T), 0 where padded
-        position_ids: Tensor | None = None,  # (B, T)
+        position_ids: Tensor | None = None,  # (B, T); a row may hold several texts
         past_key_values=None,  # a transformers Cache
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
         use_cache: bool | None = None,  # None: in evaluation mode, as the configuration says
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,  # None: as the configuration says
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> DecoderModelOutput:
         config = self.config
@@ -289,6 +457,7 @@ class DecoderModel(DecoderPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T, device = h_BTD.shape[1], h_BTD.device
+        maps = [] if wants_maps(config, output_attentions) else None
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = shifted_cache(config.shape) if config.qk_shift else DynamicCache(config=config)
@@ -296,33 +465,32 @@ class DecoderModel(DecoderPreTrainedModel):
             if not all(isinstance(layer, ShiftedLayer) for layer in past_key_values.layers or [None]):
                 raise ValueError(f"qk_shift=True needs the cache of `shifted_cache`, not a {type(past_key_values).__name__}, "
                                  "which has no last token")
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        position_ids = token_positions(T, config.max_seq_len, device, attention_mask, past, position_ids)
-        mask = None
-        if attention_mask is not None or past_key_values is not None:
-            mask = create_causal_mask(config=config, inputs_embeds=h_BTD, attention_mask=attention_mask,
-                                      past_key_values=past_key_values)
+        position_ids, texts = self._texts(position_ids, attention_mask, past_key_values, h_BTD)
+        mask = causal_mask(config, h_BTD, attention_mask, past_key_values, texts)
         if self.embed_positions is not None:
             h_BTD = h_BTD + self.embed_positions(position_ids)
         rope = None
         if config.position == "rope":
             rope = rope_table(position_ids, config.head_dim, config.rope_theta, Stretch.of(config))
-        first_BT = position_ids == 0 if config.qk_shift else None
+        first_BT = texts.first_BS[:, -T:] if config.qk_shift else None
         if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
             h_BTD = h_BTD.to(torch.get_autocast_dtype(device.type))
         h_BTD = F.dropout(h_BTD, config.dropout, self.training)
-        padded = config.n_routed_experts > 0 and attention_mask is not None and attention_mask.dim() == 2
-        keep_BT = attention_mask[:, -T:].bool() if padded else None
+        keep_BT, rows = (texts.keep_BT, texts.rows) if config.n_routed_experts > 0 and texts is not None else (None, None)
         states, routing = [h_BTD], []
         for layer in self.layers:
             h_BTD, routed = layer(h_BTD, rope, mask, past_key_values=past_key_values, shared=self.shared,
-                                  implementation=config._attn_implementation, first_BT=first_BT, keep_BT=keep_BT)
+                                  implementation=config._attn_implementation, first_BT=first_BT, keep_BT=keep_BT, rows=rows, maps=maps)
             states.append(h_BTD)
             routing += [] if routed is None else [routed]
+        if past_key_values is not None and texts is not None and not (self.training and self.gradient_checkpointing):
+            keep_positions(past_key_values, texts.position_BS)
         states[-1] = h_BTD = self.norm(h_BTD)
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return DecoderModelOutput(last_hidden_state=h_BTD, past_key_values=past_key_values,
                                   hidden_states=tuple(states) if output_hidden_states else None,
-                                  routing=torch.stack(routing) if routing else None)
+                                  attentions=None if maps is None else tuple(maps),
+                                  routing=torch.stack(routing) if routing else None, texts=texts)
 
 # %% ../nbs/09_decoder.ipynb #5c8fcebf
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -384,7 +552,7 @@ def head_loss(
 class DecoderOutput(CausalLMOutputWithPast):
     "A causal language model's output with its cross-entropy and what the routers did."
     token_loss: Tensor | None = None  # nats, without the load-balancing loss
-    routing: Tensor | None = None  # (L, 2, B, E), as `routing_statistics` gives them, of the layers with experts
+    routing: Tensor | None = None  # (L, 2, B or texts, E), as `routing_statistics` gives them, of the layers with experts
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     "Hidden states to next-word logits, or straight to their loss."
@@ -397,28 +565,30 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_load_missing = [f"^{re.escape(name)}$" for name in seeded_weights(self)]
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,  # (B, T); a row may hold several texts
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,  # (B, T) word ids, shifted here, as transformers has it
+        labels: Tensor | None = None,  # (B, T) word ids, shifted here within each text
         num_items_in_batch: Tensor | int | None = None,  # the loss is the sum over targets divided by this; None: by their number
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,  # None: as the configuration says
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,  # 0: all positions
         **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
     ) -> DecoderOutput:  # in training with labels, logits are None: the loss never holds them
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                         output_hidden_states)
+                         output_hidden_states, output_attentions, return_dict=True)
         h_BTD, loss, token_loss, logits, shift_labels = out.last_hidden_state, None, None, None, kwargs.get("shift_labels")
         routing = out.routing
         if labels is not None:
-            shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            shift_labels = next_tokens(labels, out.texts)
         if shift_labels is not None:
-            count_B = (shift_labels != -100).sum(-1)
+            count_B = count_targets(shift_labels, out.texts)
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
             token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training and routing is not None:
@@ -427,7 +597,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])
         return DecoderOutput(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
-                             token_loss=token_loss, routing=None if routing is None else routing.detach())
+                             attentions=out.attentions, token_loss=token_loss, routing=None if routing is None else routing.detach())
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         "Called by `generate`, which would else make a cache without the last token that `qk_shift` needs."
@@ -437,6 +607,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={generation_config.cache_implementation!r}: with qk_shift there is 'dynamic' alone")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = shifted_cache(self.config.shape)
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+        "Called by `generate` where the cache is static: the mask of four dimensions that a compiled step takes."
+        _, texts = self.model._texts(position_ids, attention_mask, past_key_values, inputs_embeds)
+        mask = causal_mask(config, inputs_embeds, attention_mask, past_key_values, texts)
+        if texts is not None:
+            keep_positions(past_key_values, texts.position_BS)
+        return mask
 
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig, exist_ok=True)
 AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM, exist_ok=True)

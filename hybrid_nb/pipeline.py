@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from hybrid_nb.config import (
     ALIASES,
@@ -52,12 +53,15 @@ from hybrid_nb.config import (
     brief,
     cast,
     closest,
+    find_file,
     is_nothing,
     override,
     read_yaml,
     read_yaml_file,
+    shipped,
     written,
 )
+from .lock import take_lock
 from hybrid_nb.runs import (
     BAD_DATA,
     IO,
@@ -65,14 +69,13 @@ from hybrid_nb.runs import (
     RunError,
     check_name,
     check_space,
-    checkout,
     foreseen,
     in_checkout,
     io_errors,
+    is_checkout,
     last_words,
     load_run,
     replace_file,
-    take_lock,
 )
 from .runs import first_line as _line
 
@@ -168,12 +171,25 @@ def admit(
     return found
 
 # %% ../nbs/18_pipeline.ipynb #42bc6fb9
+def _metadata_of(name: str) -> dict[str, Any]:
+    "What the pipeline of that name that came with the package says of its reports; empty where there is none."
+    path = shipped() / "pipelines" / f"{name}.ipynb"
+    return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("hybrid_nb", {}) if path.is_file() else {}
+
+def _shows_result(nb) -> str | None:
+    "The pipeline that the last code cell names in its `Result`."
+    for cell in [c for c in nb.cells if c.cell_type == "code"][-1:]:
+        found = re.search(r"^Result\(['\"](\w+)['\"]", cell.source, re.M)
+        return found and found[1]
+
 def opt_in(
     nb,  # notebook node
 ) -> dict[str, str] | None:  # pipeline and subject; None where the notebook says nothing
-    "What a notebook's metadata says of its reports."
+    "What a notebook says of its reports, in its metadata or, where those were lost, as the pipeline that its result names."
     about = nb.metadata.get("hybrid_nb")
     if not isinstance(about, dict) or "pipeline" not in about:
+        about = _metadata_of(_shows_result(nb) or "")
+    if "pipeline" not in about:
         return None
     if about.get("subject") not in declared(nb):
         raise ConfigError(f"metadata.hybrid_nb.subject={about.get('subject')!r} names no parameter of the notebook")
@@ -311,47 +327,73 @@ def claim_free(
     raise RunError(f"{report.parent} holds {report.name} a thousand times", IO)
 
 # %% ../nbs/18_pipeline.ipynb #36d4303e
-_STOCK = {"-h", "--help", "--version", "--help-notebook", "--prepare-only"}
+_STOCK = {"-h", "--help", "--version", "--help-notebook"}
 
-def _ours(argv: list[str]) -> tuple[Path, Any, list] | None:
-    "Path, notebook and options of a command line about one notebook that opted in; None for any other."
+def _ours(argv: list[str]) -> tuple[Path, Any, str | None, list] | None:
+    "Path, notebook, output path and options of a command line about a notebook that opted in; None for any other."
     import nbformat
 
     positionals, options = read_command(argv[1:]) or ([], [])
     other = any(name in _STOCK or name == "--engine" and values != ["hybrid_nb"] for name, values in options)
-    if len(positionals) != 1 or other:
+    if len(positionals) not in (1, 2) or other:
         return None
+    path, output = find_file(positionals[0]), "".join(positionals[1:]) or None
     try:
-        nb = nbformat.read(positionals[0], as_version=4)
+        nb = nbformat.read(path, as_version=4)
     except (OSError, ValueError, AttributeError, KeyError):
         return None
-    return (Path(positionals[0]), nb, options) if opt_in(nb) else None
+    return (path, nb, output, options) if opt_in(nb) else None
 
 # %% ../nbs/18_pipeline.ipynb #8ddc538f
 _claims: dict[Path, Claim] = {}  # of this process, by report
 
+def _claim(claim: Claim):
+    "Keeps a claim for the engine, and gives it back where the engine is never asked."
+    _claims[claim.report] = claim
+    atexit.register(claim.release)
+
 def complete_command(
     argv: list[str],  # of papermill's own command line
 ) -> list[str]:
-    "The command line with the report's path and our engine, if it is about a notebook that opted in."
+    "The command line with typed parameters, the report's path and our engine, if it is about a notebook that opted in."
     found = _ours(argv)
     if found is None:
         return argv
-    path, nb, options = found
-    given = admit(declared(nb), given_parameters(options))
-    claim = claim_free(reports_folder(path) / f"{report_name(nb, given)}.ipynb")
-    _claims[claim.report] = claim
-    atexit.register(claim.release)
-    shown = str(claim.report) if any(name == "--cwd" for name, _ in options) else os.path.relpath(claim.report)
-    raw = {"-p": "-r", "--parameters": "-r"}  # papermill leaves values of -r as they were typed
-    words = [w for name, values in options if name != "--engine" for w in (raw.get(name, name), *values)]
-    return [argv[0], *words, "--engine", "hybrid_nb", "--", str(path), _unformatted(shown)]
+    path, nb, output, options = found
+    given, names = admit(declared(nb), given_parameters(options)), [name for name, _ in options]
+    words = [w for name, values in options if name not in _GIVES and name != "--engine" for w in (name, *values)]
+    words += ["-y", yaml.safe_dump(given, default_flow_style=True, width=math.inf).strip()] if given else []
+    if [name for name in names if name.startswith("--prepare-")][-1:] == ["--prepare-only"]:
+        return [argv[0], *words, "--", str(path), *([output] if output else [])]  # nothing is executed: papermill's own
+    if output is None:
+        claim = claim_free(reports_folder(path) / f"{report_name(nb, given)}.ipynb")
+        _claim(claim)
+        output = _unformatted(str(claim.report) if "--cwd" in names else os.path.relpath(claim.report))
+    elif _is_file(output) and "{" not in output:  # what papermill formats is checked once it has been
+        _claim(Claim(_checked(Path(os.path.abspath(output)))))
+    return [argv[0], *words, "--engine", "hybrid_nb", "--", _unformatted(str(path)), output]
+
+def _is_file(output: str | None) -> bool:
+    "False for stdout and for addresses, which papermill serves."
+    return bool(output) and output != "-" and "://" not in output
+
+def _checked(report: Path) -> Path:
+    "A path that can be a report's."
+    if report.suffix != ".ipynb" or report.is_dir():
+        raise ConfigError(f"output path {_shown(report)} is not that of a notebook: write NAME.ipynb")
+    check_name(report.stem)
+    return report
 
 def reports_folder(
     notebook: Path,  # in pipelines/, or a report itself
 ) -> Path:
-    "The folder of a pipeline's reports."
-    return Path(os.path.abspath(notebook)).parent.parent / "reports"
+    "The folder of a pipeline's reports: beside that of the notebook, of an installed one where one stands."
+    place = Path(os.path.abspath(notebook)).parent.parent
+    return (Path.cwd() if place.resolve() == shipped() and not is_checkout() else place) / "reports"
+
+def _shown(path: Path) -> str:
+    "A path as the user would type it."
+    return min(os.path.relpath(path), str(path), key=len)
 
 def _unformatted(path: str) -> str:
     "A path that papermill's formatting leaves as it is."
@@ -770,9 +812,9 @@ class Echo:
         "Shows the lines that the text completes."
         from tqdm import tqdm
 
-        if self.copy:
-            self.copy.write(text)
         *lines, self.rest = (self.rest + text).split("\n")
+        if lines and self.copy:
+            self.copy.write(redact("\n".join([*lines, ""])))
         if lines and self.stream:
             try:
                 tqdm.write(redact("\n".join(map(_settled, lines))), file=self.stream)
@@ -1006,9 +1048,10 @@ def tidy(
     old = nb.metadata.get("papermill", {})
     making = {k: old[k] for k in ("version", "duration") if old.get(k)}
     nb.metadata["papermill"] = {"parameters": redact_all(parameters, root)} | making
-    nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or {}) | {"result": _small(shown_result(nb))}
+    about = nb.metadata.get("hybrid_nb") or opt_in(nb) or {}
+    nb.metadata["hybrid_nb"] = dict(about) | {"result": _small(shown_result(nb))}
     for cell in nb.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.metadata = {k: cell.metadata[k] for k in ("tags", "jupyter") if cell.metadata.get(k)}  # the latter of --report-mode
         for output in (o for o in cell.get("outputs", []) if o.get("name") == "stderr"):
             output.text = re.sub(r"(?m)^.*\d%\|.*\n?", "", output.text)  # bars of progress, as they stood
         if "outputs" in cell:
@@ -1016,10 +1059,6 @@ def tidy(
     return nb
 
 # %% ../nbs/18_pipeline.ipynb #c820adf9
-def _shown(path: Path) -> str:
-    "A path as the user would type it."
-    return min(os.path.relpath(path), str(path), key=len)
-
 def _publish_failed(text: str, report: Path, problem: str, code: int):
     "Keeps what was made, beside the report's place, and raises the one line that says why."
     failed = report.with_name(f"{report.stem}.FAILED.ipynb")
@@ -1030,6 +1069,11 @@ def _publish_failed(text: str, report: Path, problem: str, code: int):
         raise RunError(f"{problem}; and no notebook was written: {_line(error)}", code) from None
     raise RunError(f"{problem}; see {_shown(failed)}", code)
 
+def _judge(nb, outcome: Outcome) -> tuple[str | None, int]:
+    "Why an executed notebook is not published, if it is not, and the exit code that says so."
+    stopped = run_info(shown_result(nb)).get("status") == "stopped"
+    return outcome.problem or report_problem(nb), outcome.exit_code or (STOPPED if stopped else BAD_DATA)
+
 def publish(
     nb,  # tidy
     report: Path,  # where to
@@ -1038,14 +1082,13 @@ def publish(
     "Moves a good notebook into its place, with its page and the index; any other goes beside it as FAILED."
     import nbformat
 
-    problem, code = outcome.problem or report_problem(nb), outcome.exit_code
+    problem, code = _judge(nb, outcome)
     try:
         text = notebook_text(nb)
     except RunError as error:
         problem, text = problem or str(error), nbformat.writes(nb)
     if problem:
-        stopped = run_info(shown_result(nb)).get("status") == "stopped"
-        _publish_failed(text, report, problem, code or (STOPPED if stopped else BAD_DATA))
+        _publish_failed(text, report, problem, code)
     with io_errors(f"cannot publish {_shown(report)}"):
         replace_file(report, text.encode())
         report.with_name(f"{report.stem}.FAILED.ipynb").unlink(missing_ok=True)
@@ -1082,7 +1125,7 @@ def _local_report(output_path: str | None) -> Path | None:
     "Where a report goes; None for stdout and for addresses, which papermill serves."
     from papermill.iorw import papermill_io
 
-    if not output_path or output_path == "-" or "://" in output_path:
+    if not _is_file(output_path):
         return None
     handler = papermill_io.get_handler("x.ipynb")
     start = handler.cwd(None)  # where papermill was started, if --cwd leads elsewhere
@@ -1109,10 +1152,13 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
     report = _local_report(output)
     if report is None:
         outcome = execute(nb, kernel_name, echo_to=sys.stderr, **options)
-        if outcome.problem:
-            raise RunError(outcome.problem, outcome.exit_code)
-        return nb
-    check_name(report.stem)
+        done = tidy(nb, parameters, Path.cwd())
+        problem, code = _judge(done, outcome)
+        if problem:
+            raise RunError(problem, code)
+        notebook_text(done)
+        return done
+    _checked(report)
     claim, start = _claims.pop(report, None) or Claim(report), time.monotonic()
     try:
         outcome = execute(nb, kernel_name, **options)
@@ -1189,10 +1235,10 @@ def find_pipeline(
 ) -> Path:
     "The notebook of a pipeline."
     if name.endswith(".ipynb"):
-        if not Path(name).is_file():
+        if not find_file(name).is_file():
             raise ConfigError(f"no notebook {name}")
-        return Path(name)
-    found = {p.stem: p for folder in (checkout(), Path.cwd()) for p in sorted(folder.glob("pipelines/*.ipynb"))}
+        return find_file(name)
+    found = {p.stem: p for folder in (shipped(), Path.cwd()) for p in sorted(folder.glob("pipelines/*.ipynb"))}
     if name not in found:
         raise ConfigError(f"no pipeline {name!r}{closest(name, found)}; there are {', '.join(found) or 'none'}")
     return found[name]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'first_line', 'foreseen', 'last_words', 'Parser',
            'check_name', 'run_name', 'fsync_dir', 'no_links', 'write_file', 'replace_file', 'write_json', 'remove',
-           'size_text', 'read_json', 'io_errors', 'check_space', 'take_lock', 'is_held', 'locked', 'append_record',
+           'size_text', 'read_json', 'io_errors', 'check_space', 'lock_owner', 'locked', 'append_record',
            'read_records', 'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms',
-           'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'checkout', 'in_checkout',
-           'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'read_info', 'load_run', 'claim_folder']
+           'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout',
+           'in_checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'read_info', 'load_run',
+           'claim_folder']
 
 # %% ../nbs/13_runs.ipynb #e7eeff31
 import argparse
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +34,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
 import hybrid_nb
-from .config import Config, asdict, config_hash, from_dict
+from .config import Config, asdict, config_hash, from_dict, shipped
+from .lock import is_held, lock_marker, take_lock
 
 # %% ../nbs/13_runs.ipynb #c9de8668
 USAGE, BAD_DATA, NUMERIC, IO, STOPPED = 64, 65, 70, 74, 75
@@ -100,7 +99,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         "Raise what is wrong."
         raise RunError(message)
-
 
 # %% ../nbs/13_runs.ipynb #12d0ef44
 def check_name(name: str) -> str:
@@ -169,7 +167,6 @@ def size_text(size: float) -> str:  # of bytes
     unit = min(int(math.log2(max(size, 1))) // 10, 4)
     return f"{size / 1024**unit:,.2f} {('', 'Ki', 'Mi', 'Gi', 'Ti')[unit]}B" if unit else f"{size:,.0f} bytes"
 
-
 # %% ../nbs/13_runs.ipynb #c1b84f88
 def read_json(
     path: Path,
@@ -191,7 +188,6 @@ def read_json(
     if not isinstance(value, dict):
         raise RunError(f"{path} is damaged: it holds {type(value).__name__}, not an object with names", BAD_DATA)
     return value
-
 
 # %% ../nbs/13_runs.ipynb #80534d61
 @contextmanager
@@ -222,57 +218,27 @@ def check_space(folder: Path, need: int):  # bytes
         raise RunError(f"{folder} has {size_text(free)} free; a run needs {size_text(need)} (three checkpoints)", IO)
 
 # %% ../nbs/13_runs.ipynb #28dde655
-def take_lock(
-    path: Path,
-    wait: float = 0.0,  # seconds; negative: as long as it takes
-) -> BaseFileLock | None:  # None: another process holds it
-    "Lock a file until the lock is released or its process ends."
-    with warnings.catch_warnings(), io_errors(f"cannot lock {path}"):
-        warnings.simplefilter("ignore")  # filelock tells that it takes a marker
-        for kind in (FileLock, SoftFileLock):
-            lock = kind(path, thread_local=False)
-            try:
-                lock.acquire(timeout=wait, poll_interval=0.02)
-                return lock
-            except Timeout:
-                return None
-            except OSError as error:
-                if error.errno in (errno.ELOOP, errno.EMLINK):
-                    raise RunError(f"{path} is a link; files of a run are opened without following links", BAD_DATA) from None
-                if kind is SoftFileLock or error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise
-
-def is_held(path: Path) -> bool:
-    "Whether a process holds a lock; also True where that cannot be told."
-    try:
-        lock = take_lock(path) if path.exists() else False
-    except RunError:
-        return True
-    if lock:
-        lock.release()
-    return lock is None
-
-def _holder(path: Path) -> str:
-    "The process that a lock file names."
-    with open(path, "rb", opener=no_links) as f:
+def lock_owner(path: Path) -> str:
+    "The process that a lock names."
+    marker = lock_marker(path)
+    with open(marker if marker.exists() else path, "rb", opener=no_links) as f:
         return f.readline(20).decode(errors="replace").strip() or "?"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     "Hold a run folder; a second process is refused."
     path = folder / "lock"
-    lock = take_lock(path, 0.3)  # whoever only asks whether it is held lets go at once
+    with open(path, "ab", opener=no_links), io_errors(f"cannot lock {path}"):
+        lock = take_lock(path, 0.3)  # whoever only asks whether it is held lets go at once
     if lock is None:
-        raise RunError(f"run folder {folder} is in use by process {_holder(path)}")
+        raise RunError(f"run folder {folder} is in use by process {lock_owner(path)}")
     try:
-        if not isinstance(lock, SoftFileLock):  # a marker names its process already
-            with open(path, "r+b", opener=no_links) as f:
-                f.truncate()
-                f.write(f"{os.getpid()}\n".encode())
+        with open(path, "r+b", opener=no_links) as f:
+            f.truncate()
+            f.write(f"{os.getpid()}\n".encode())
         yield
     finally:
         lock.release()
-
 
 # %% ../nbs/13_runs.ipynb #6b4401bd
 _CHECK = re.compile(rb', "check": "([0-9a-f]{16})"\}\Z')
@@ -349,7 +315,6 @@ def forget_after(folder: Path, step: int):
     late = [p for p in checkpoints(folder) if int(p.name[5:]) > step]
     for path in (*late, *folder.glob(".tmp-*"), *(folder / "checkpoints").glob(".tmp-*")):
         remove(path)
-
 
 # %% ../nbs/13_runs.ipynb #28803e21
 def sha256_file(path: Path) -> str:
@@ -501,20 +466,29 @@ def latest_checkpoint(
         raise RunError(f"no checkpoint of {folder} can be read; the newest: {skipped[0]}", BAD_DATA)
     return None, []
 
-
 # %% ../nbs/13_runs.ipynb #47475874
 def checkout() -> Path:
     "The folder that holds the package: the repository's root, where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
 
+def is_checkout() -> bool:
+    "False for an installed package, which holds its pipelines itself."
+    return shipped() == checkout() and (checkout() / "settings.ini").is_file()
+
 def in_checkout(
     folder: str | Path,  # a relative one lies in the checkout, or where there is none in the working folder
 ) -> Path:
     "Where a folder is that notebooks and commands name alike, wherever they run."
-    return (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
+    return (checkout() if is_checkout() else Path.cwd()) / folder
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    "What git prints of the checkout; None without one, without git, and of a repository that only surrounds the package."
+    if not is_checkout():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout if done.returncode == 0 else None
 
 def code_state() -> dict[str, Any]:
@@ -527,7 +501,7 @@ def code_state() -> dict[str, Any]:
 def lock_hash() -> str | None:
     "SHA-256 of constraints.txt, where the checkout has it."
     path = checkout() / "constraints.txt"
-    return sha256_file(path) if path.exists() else None
+    return sha256_file(path) if is_checkout() and path.exists() else None
 
 def versions() -> dict[str, str]:
     "Versions of what a number depends on."
