@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from dataclasses import asdict as dataclass_dict
+from functools import cache as once
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -650,6 +651,11 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]):
     remove(folder)
     os.rename(temporary, folder)
 
+@once
+def _say(line: str):
+    "Tell a line on the standard error, once a process."
+    print(line, file=sys.stderr, flush=True)
+
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal,
           layout) -> str:
     "Run the updates that remain; returns the state that the run ends in."
@@ -664,7 +670,7 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     if main and data.source != "grammar":
         print(reading_lines(data.reading), flush=True)
     if answers and main:
-        print(answers, file=sys.stderr, flush=True)
+        _say(answers)
     tokenizer = load_tokenizer(data.folder)
     end = tokenizer.token_to_id(END)
     torch.manual_seed(t.seed)
