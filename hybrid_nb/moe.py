@@ -159,7 +159,7 @@ def expert_load(
     config: ModelConfig,
 ) -> Tensor:  # (L, E) float32
     "What the balance of a batch multiplies the sum of an expert's probabilities by, in whatever part of the batch."
-    tokens_L1 = chosen_LE.sum(-1, keepdim=True) / config.num_experts_per_tok
+    tokens_L1 = (chosen_LE.sum(-1, keepdim=True) / config.num_experts_per_tok).clamp(min=1)
     return (chosen_LE / tokens_L1.square()).float()
 
 # %% ../nbs/08_moe.ipynb #4e470c53

@@ -1312,13 +1312,14 @@ def plan_text(
 ) -> str:
     "What a run will cost here, and what its whole schedule would cost on named GPUs."
     from hybrid_nb.account import ASSUMED_MFU, plan_rows
+    from hybrid_nb.train import notes_before
 
     rows = [_cost_row("this run", plan.config, rate)]
     rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []
     fits = {True: "yes", False: "no"}
     gpus = [row | {"hours": round(row["hours"], 1), "fits": fits[row["fits"]]} for row in plan_rows(plan.whole)]
     note = f"time here: {ASSUMED_MFU:.0%} of {rate / 1e9:,.0f} GFLOP/s in matrix products; evaluation is not counted"
-    parts = [plan.trial, f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
+    parts = [plan.trial, *notes_before(plan.config), f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
     return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_pipeline.ipynb #4fb90e12

@@ -610,7 +610,7 @@ def compute_kv_loss(
                 raise ConfigError(f"teacher {name!r} has {len(kv)} layers, the student {len(students)}: align them, as student_layers="
                                   f"{len(students)} of the projector does")
             counted = _counted(mask, name, students[0][0].shape[:2])
-            shares.append(students[0][0].new_ones(()) if counted is None else counted.float().mean())
+            shares.append(torch.ones(()) if counted is None else counted.double().mean().cpu())
             for layer, (here, there) in enumerate(zip(students, kv, strict=True)):
                 for of, x, y in zip("KV", here, map(merge_heads, there), strict=True):
                     if x.shape != y.shape:

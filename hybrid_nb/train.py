@@ -6,7 +6,7 @@
 __all__ = ['COMPILE_PAYS_FROM', 'DTYPES', 'MAX_OVERFLOWS', 'OBJECTIVES', 'lr_at', 'highest_lr', 'notes_before',
            'parameter_groups', 'Objective', 'make_optimizer', 'fast_float32', 'matmul_rate', 'Resolved', 'resolve',
            'World', 'join_world', 'whole_tensor', 'shards_like', 'clip_gradients', 'stop_requests', 'ignore_signals',
-           'add_noise', 'update', 'batch_load', 'device_memory', 'check_memory', 'dropout_at', 'set_dropout',
+           'batch_load', 'add_noise', 'update', 'device_memory', 'check_memory', 'dropout_at', 'set_dropout',
            'memory_gib', 'start_info', 'Progress', 'find_objective', 'train', 'leave', 'progress_line', 'ProgressLines',
            'main']
 
@@ -344,6 +344,30 @@ def _unpack(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: t
     if "cuda" in groups["generators"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(groups["generators"]["cuda"])
 
+# %% ../nbs/15_train.ipynb #5f482083
+def _balances_batch(model: nn.Module) -> bool:
+    "Whether a model's experts are balanced over the whole batch."
+    shape = getattr(getattr(model, "module", model), "config", None)
+    return getattr(shape, "n_routed_experts", 0) > 0 and shape.aux_loss_alpha > 0 and not shape.seq_aux
+
+@torch.no_grad()
+def batch_load(
+    model: nn.Module,  # as called
+    inputs: Tensor,  # (A, B, T)
+    config: TrainConfig,
+    step: int,  # updates done before
+    world: World,
+    context: Callable,  # makes an autocast
+) -> Tensor:  # (L, E), as `balance_loss` takes it for each micro-batch of each process
+    "How the experts are loaded by the whole batch, over all processes."
+    inner, counts = getattr(model, "module", model), []
+    for micro, x in enumerate(inputs):
+        torch.manual_seed(_noise_seed(config.seed, step, world.rank, micro))
+        with context():
+            counts.append(inner(x, use_cache=False, logits_to_keep=1).routing[:, 0].double().sum(1))
+    whole = torch.tensor(world.sum(*sum(counts).flatten().tolist()), dtype=torch.float64).view_as(counts[0])
+    return world.size * expert_load(whole, inner.config).to(inputs.device)
+
 # %% ../nbs/15_train.ipynb #791842af
 MAX_OVERFLOWS = 20  # in a row; then the scale has vanished and training has failed
 
@@ -420,30 +444,6 @@ def update(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm, overflow
-
-# %% ../nbs/15_train.ipynb #5f482083
-def _balances_batch(model: nn.Module) -> bool:
-    "Whether a model's experts are balanced over the whole batch."
-    shape = getattr(getattr(model, "module", model), "config", None)
-    return getattr(shape, "n_routed_experts", 0) > 0 and shape.aux_loss_alpha > 0 and not shape.seq_aux
-
-@torch.no_grad()
-def batch_load(
-    model: nn.Module,  # as called
-    inputs: Tensor,  # (A, B, T)
-    config: TrainConfig,
-    step: int,  # updates done before
-    world: World,
-    context: Callable,  # makes an autocast
-) -> Tensor:  # (L, E), as `balance_loss` takes it for each micro-batch of each process
-    "How the experts are loaded by the whole batch, over all processes."
-    inner, counts = getattr(model, "module", model), []
-    for micro, x in enumerate(inputs):
-        torch.manual_seed(_noise_seed(config.seed, step, world.rank, micro))
-        with context():
-            counts.append(inner(x, use_cache=False, logits_to_keep=1).routing[:, 0].double().sum(1))
-    whole = torch.tensor(world.sum(*sum(counts).flatten().tolist()), dtype=torch.float64).view_as(counts[0])
-    return world.size * expert_load(whole, inner.config).to(inputs.device)
 
 # %% ../nbs/15_train.ipynb #e9afabde
 def device_memory(device: torch.device) -> int:  # bytes
