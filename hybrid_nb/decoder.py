@@ -579,7 +579,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,  # None: as the configuration says
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,  # 0: all positions
-        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
+        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels;
+        # expert_load (L, E): of the whole batch, where these sequences are a part of it
     ) -> DecoderOutput:  # in training with labels, logits are None: the loss never holds them
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                          output_hidden_states, output_attentions, return_dict=True)
@@ -592,7 +593,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
             token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training and routing is not None:
-                loss, token_loss = token_loss + balance_loss(routing, count_B / count, self.config), token_loss.detach()
+                loss = token_loss + balance_loss(routing, count_B / count, self.config, kwargs.get("expert_load"))
+                token_loss = token_loss.detach()
         if not (self.training and loss is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])

@@ -49,7 +49,7 @@ from .config import Config, ConfigError, asdict, from_dict
 from .data import LEAST_DOCUMENTS, LEAST_TOKENS
 from .evaluate import MOST_NATS, perplexity
 from .runs import check_name, in_checkout, load_run, run_name
-from .train import ProgressLines, lr_at
+from .train import ProgressLines, highest_lr, lr_at
 
 # %% ../nbs/17_report.ipynb #2f6f1f25
 def _missing(value: Any) -> bool:
@@ -426,12 +426,18 @@ def _watch_loss(run) -> tuple[str, str]:
 def _watch_lr(run) -> tuple[str, str]:
     t = run.config.train
     off, step = _worst(run.records("train"), lambda r, _: abs(r["lr"] - lr_at(t, r["step"] - 1)) / t.lr)
-    return ("alarm", f"off by {off:.1%} of the peak at step {step:,}") if off > 1e-5 else ("ok", "as scheduled")
+    if off > 1e-5:
+        return "alarm", f"off by {off:.1%} of the peak at step {step:,}"
+    if t.warmup_steps < t.steps:
+        return "ok", "as scheduled"
+    return "warn", f"as scheduled, at most {highest_lr(t) / t.lr:.0%} of the peak: warm-up of {t.warmup_steps:,} steps, run of {t.steps:,}"
 
 def _watch_grad(run) -> tuple[str, str]:
     norm, step = _worst([r for r in run.records("train") if _finite(r["grad_norm"])], lambda r, _: r["grad_norm"])
     skipped = sum(r["event"] == "overflow" for r in run.records("event"))
+    empty = sum(r["event"] == "empty" for r in run.records("event"))
     tail = f"; updates skipped by fp16 overflow: {skipped}" if skipped else ""
+    tail += f"; steps without targets, which updated nothing: {empty}" if empty else ""
     return _state(norm, 10, 100), f"largest {norm:.3g}, at step {step:,}{tail}"
 
 # %% ../nbs/17_report.ipynb #b5bcfea9
