@@ -53,7 +53,7 @@ reports: $(VENV)/.base
 	test ! -d data/tinystories || $(BIN)/hnb run srte -f pipelines/params/srte.yaml
 	$(BIN)/hnb run benchmark -p shape both -p full true
 	$(BIN)/hnb run scaling -p full true
-	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 $(BIN)/hnb run qk_speed -p model gpt-base -p rounds 61
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 $(BIN)/hnb run qk_speed -p model gpt-base -p rounds 61 -p precision bf16
 	$(BIN)/hnb run projector -p full true -p seeds 2
 	$(BIN)/hnb run parallel -p rounds 20
 	test ! -d data/tinystories || for p in qk_freeze distill context foundation dense; do $(BIN)/hnb run $$p -f pipelines/params/$$p.yaml || exit 1; done

@@ -36,14 +36,14 @@ from .config import PRESETS, Config, ConfigError, ModelConfig, get_config
 from .convert import quiet_transformers
 from .data import load_tokenizer, loader, prepare
 from .decoder import DecoderForCausalLM, make_decoder
-from .evaluate import Loss, evaluate
+from .evaluate import Loss, evaluate, perplexity
 from .ffn import SwiGLUFeedForward
 from .freeze import Finding, findings_table, judge_all, judge_pairs, judge_region, notes_table
 from .moe import MixtureOfExperts, shared_only
+from .rates import fast_float32
 from .report import BLUE, GREY, RED, Picture, Table, as_results, check_bundle
 from .runs import BAD_DATA, NUMERIC, RunError, in_checkout, io_errors, load_run, tensor_hash, write_json
 from .study import Arm, Study, t_interval
-from .train import fast_float32
 
 # %% ../nbs/31_dense.ipynb #2d298085
 def dense_shape(
@@ -350,7 +350,7 @@ class Conversion:
     ) -> float:
         "The perplexity of a stage: the geometric mean over seeds."
         losses = self.losses(name)
-        return math.exp(min(float(np.mean([losses[seed] for seed in (losses if seeds is None else seeds)])), 700))
+        return perplexity(float(np.mean([losses[seed] for seed in (losses if seeds is None else seeds)])))
 
     def d(self, name: str, base: str = EXPERTS) -> dict[int, float]:
         "What a stage loses against another one, by seed, nats."
@@ -521,17 +521,17 @@ def draw_stages(c: Conversion) -> Figure:
         ax.set_axis_off()
         return figure
     for seed in c.stages:
-        joined = [(math.exp(min(c.losses(name)[seed], 700)), y) for y, name in enumerate(c.names) if seed in c.losses(name)]
+        joined = [(perplexity(c.losses(name)[seed]), y) for y, name in enumerate(c.names) if seed in c.losses(name)]
         ax.plot(*zip(*joined, strict=True), color=GREY, lw=0.7, alpha=0.35)
     for y, name in enumerate(c.names):
-        values, color = [math.exp(min(x, 700)) for x in c.losses(name).values()], colors.get(name, RED)
+        values, color = [perplexity(x) for x in c.losses(name).values()], colors.get(name, RED)
         mean = c.ppl(name)
         ax.plot(values, [y] * len(values), "o", color=color, ms=5, alpha=0.4, mec="none")
         ax.plot(mean, y, "D", color=color, ms=6)
         ax.annotate(f"{mean:.4g}", (max(values), y), xytext=(9, 0), textcoords="offset points", va="center", color=color, fontsize=9,
                     bbox={"fc": "white", "ec": "none", "pad": 0.5})
     base = c.ppl(EXPERTS)
-    margin = base * math.exp(c.study.plan.margin)
+    margin = base * perplexity(c.study.plan.margin)
     for x, style in ((base, "-"), (margin, "--")):
         ax.axvline(x, color=GREY, lw=0.8, ls=style)
     ax.annotate("margin over the experts", (margin, 1), xycoords=("data", "axes fraction"), xytext=(3, -2),

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from . import study as studies
 from .config import Config, ConfigError, DistillConfig, TrainConfig
 from .data import TokenData, load_tokenizer, prepare, publish, step_windows
+from .evaluate import perplexity, ppl_change
 from hybrid_nb.projector import (
     KV,
     KVDimensionProjector,
@@ -43,14 +44,14 @@ from hybrid_nb.projector import (
 from .report import Picture, Table, as_results, check_bundle, overall
 from .runs import BAD_DATA, RunError, write_json
 from .study import Comparison, Study
-from .teacher import KVStore, Reader, Rows, Tap, Teacher, extract, load_teacher, projections, window_rows
+from .teacher import KVStore, Reader, Rows, Tap, Teacher, extract, load_teacher, own_places, window_rows
 from .train import Objective, World
 
 # %% ../nbs/23_distill.ipynb #3f7dbfc7
 def student_shape(model: nn.Module) -> dict[str, int]:
     "Layers and KV width of a student, whose keys and values must be within reach of hooks."
     shape = read_teacher(model.config)
-    if not projections(model, "k"):
+    if not own_places(model):
         raise ConfigError(f"student {type(model).__name__} has no k_proj and v_proj: its keys and values cannot be compared")
     return shape
 
@@ -341,8 +342,8 @@ def distilled_arms(study: Study) -> list[str]:
 def verdict_of(c: Comparison) -> tuple[str, str]:  # PASS, FAIL or INCONCLUSIVE; in words
     "Whether an arm is better than the baseline."
     p = c.paired
-    if c.diverged:
-        return "FAIL", "diverged"
+    if c.diverged or c.unchanged:
+        return "FAIL" if c.diverged else "INCONCLUSIVE", c.word
     if p is None or c.lost:
         return "INCONCLUSIVE", "pairs are missing" if c.lost else "no interval with fewer than two seeds"
     return ("PASS", "helped") if p.upper < 0 else ("FAIL", "hurt") if p.lower > 0 else ("INCONCLUSIVE", "nothing is shown")
@@ -357,7 +358,7 @@ def _interval(c: Comparison) -> str:
     p = c.paired
     if p is None:
         return f"{len(c.losses)} pair{'s' * (len(c.losses) != 1)}"
-    return (f"d {p.mean:+.4f} nats (PPL {100 * math.expm1(p.mean):+.1f} %), {100 * (1 - 2 * c.alpha):g} % interval {p.lower:+.4f} to "
+    return (f"d {p.mean:+.4f} nats (PPL {100 * ppl_change(p.mean):+.1f} %), {100 * (1 - 2 * c.alpha):g} % interval {p.lower:+.4f} to "
             f"{p.upper:+.4f}, {p.n} pairs")
 
 # %% ../nbs/23_distill.ipynb #d453e796
@@ -370,7 +371,7 @@ def teachers_table(facts: list[dict[str, Any]], study: Study) -> Table:
         loss, stored = f["val_loss"], kept.get(f["teacher"], {})
         rows.append({"teacher": f["teacher"], "parameters": f["parameters"], "layers": f["num_layers"],
                      "KV heads": f["num_key_value_heads"], "KV width": f["kv_dim"], "val loss": loss,
-                     "PPL": None if loss is None else math.exp(min(loss, 700)),
+                     "PPL": None if loss is None else perplexity(loss),
                      "kept (MiB)": stored["bytes"] / 2**20 if stored else None, "read in (s)": stored.get("seconds")})
     return Table(rows, {"parameters": "{:,}", "val loss": "{:.4f}", "PPL": "{:.4g}", "kept (MiB)": "{:,.1f}", "read in (s)": "{:.1f}"})
 

@@ -35,13 +35,14 @@ from . import study as studies
 from .config import Config, ConfigError, DataConfig, HybridConfig, ModelConfig, asdict, closest, override
 from .data import END, Document, TokenData, corpus, load_tokenizer, prepare, publish, read_manifest
 from .decoder import DecoderForCausalLM, DecoderPreTrainedModel
-from .evaluate import evaluate, sample_text
+from .evaluate import evaluate, perplexity, sample_text
 from .hybrid import make_model
+from .rates import DTYPES
 from .report import GREY, Picture, Table, as_results, because_table, check_bundle
 from .runs import BAD_DATA, Run, RunError, checkpoints, io_errors, write_json
 from .study import PALETTE, Arm, Study
 from .teacher import Teacher, load_teacher
-from .train import DTYPES, Objective, World
+from .train import Objective, World
 
 # %% ../nbs/26_finetune.ipynb #ddafa28b
 UNCALLED = ("lm_head", "dt_proj")  # linear maps whose weight is read without calling them
@@ -437,8 +438,8 @@ def learned_table(study: Study, told: list[dict[str, Any]]) -> Table:
         last = [run.records("eval")[-1]["val_loss"] for run in study.finished(arm)]
         apart = max(abs(row["saved loss"] - x) for row, x in zip(mine, last, strict=True))
         n = sum(row["asked"] for row in mine)
-        rows.append({"arm": arm, "loss before": before, "after": after, "PPL before": math.exp(min(before, 700)),
-                     "PPL after": math.exp(min(after, 700)), "results right": f"{sum(row['right'] for row in mine)} of {n}" if n else "",
+        rows.append({"arm": arm, "loss before": before, "after": after, "PPL before": perplexity(before),
+                     "PPL after": perplexity(after), "results right": f"{sum(row['right'] for row in mine)} of {n}" if n else "",
                      "saved model, off by at most": apart})
     formats = {"loss before": "{:.4f}", "after": "{:.4f}", "PPL before": "{:.4g}", "PPL after": "{:.4g}"}
     return Table(rows, formats | {"saved model, off by at most": "{:.1e}"})
@@ -472,11 +473,11 @@ def draw_price(study: Study) -> Figure:
     ax, before = figure.subplots(), None
     for color, arm in zip(PALETTE * len(study.plan.arms), _done(study), strict=False):
         x = study.finished(arm)[0].info["params"]["trainable"]
-        ends = [math.exp(min(run.records("eval")[-1]["val_loss"], 700)) for run in study.finished(arm)]
+        ends = [perplexity(run.records("eval")[-1]["val_loss"]) for run in study.finished(arm)]
         ax.plot([x] * len(ends), ends, "o", color=color, ms=5)
         ax.annotate(arm, (x, statistics.geometric_mean(ends)), xytext=(7, 0), textcoords="offset points", va="center", color=color,
                     fontsize=9)
-        before = before or math.exp(min(_ends(study, arm)[0], 700))
+        before = before or perplexity(_ends(study, arm)[0])
     if before is not None:
         ax.axhline(before, color=GREY, lw=0.8, ls="--")
         ax.annotate("before", (0.01, before), xycoords=("axes fraction", "data"), xytext=(0, -10), textcoords="offset points",
@@ -493,7 +494,7 @@ def draw_price(study: Study) -> Figure:
 
 def plot_price(study: Study) -> Picture:
     "The points as a picture."
-    says = [f"{arm} {math.exp(min(_ends(study, arm)[1], 700)):.4g}" for arm in _done(study)]
+    says = [f"{arm} {perplexity(_ends(study, arm)[1]):.4g}" for arm in _done(study)]
     return Picture(draw_price(study), f"PPL of the answers: {', '.join(says) or 'no run is done'}")
 
 # %% ../nbs/26_finetune.ipynb #ca23705f

@@ -18,7 +18,6 @@ import atexit
 import base64
 import contextlib
 import copy
-import fcntl
 import functools
 import hashlib
 import html
@@ -44,7 +43,24 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
-from .config import PRESETS, ConfigError, HybridConfig, cast, closest, find_file, override, shipped
+from hybrid_nb.config import (
+    ALIASES,
+    FIELD_NAMES,
+    PRESETS,
+    ConfigError,
+    HybridConfig,
+    agree,
+    brief,
+    cast,
+    closest,
+    find_file,
+    is_nothing,
+    override,
+    read_yaml,
+    read_yaml_file,
+    shipped,
+    written,
+)
 from hybrid_nb.runs import (
     BAD_DATA,
     IO,
@@ -52,23 +68,16 @@ from hybrid_nb.runs import (
     RunError,
     check_name,
     check_space,
+    foreseen,
     in_checkout,
     io_errors,
     is_checkout,
+    last_words,
     load_run,
     replace_file,
+    take_lock,
 )
-
-# %% ../nbs/18_pipeline.ipynb #56992481
-def _line(text: Any) -> str:
-    "The first line of a message that has something on it."
-    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
-
-def _exit_code(error: BaseException) -> int:
-    "The process's exit code for an error; a plain ValueError is the user's data."
-    if isinstance(error, OSError):
-        return IO
-    return getattr(error, "exit_code", BAD_DATA if isinstance(error, ValueError) else 1)
+from .runs import first_line as _line
 
 # %% ../nbs/18_pipeline.ipynb #9eacf3b2
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
@@ -121,45 +130,23 @@ def declared(
     found = (_parameter(node, lines[node.end_lineno - 1]) for node in body)
     return {p.name: p for p in found if p}
 
-# %% ../nbs/18_pipeline.ipynb #5c5391e2
-def _number(name: str, value: Any) -> Any:
-    "Text of a number as the number; what is no number is left to `cast`, and what is not finite refused."
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return value
-    if not math.isfinite(number):
-        raise ConfigError(f"{name}={value} is not a finite number")
-    if not isinstance(value, str):
-        return value
-    return int(value) if value.strip().lstrip("+-").isdecimal() else number
-
 # %% ../nbs/18_pipeline.ipynb #bdcdd15b
 def _cast(name: str, value: Any, hint: Any) -> Any:
     "A value as the declared type."
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    inner = typing.get_args(hint)
     if hint is Any:
         return value
     if isinstance(hint, types.UnionType):
-        return None if str(value).lower() in ("none", "null") else _cast(name, value, inner[0])
-    if origin is Literal:
-        return _choose(name, value, inner)
-    if origin is list:
-        return [_cast(name, v, inner[0]) for v in _listed(name, value)]
-    return cast(name, _number(name, value) if hint in (int, float) else value, hint)
-
-def _choose(name: str, value: Any, options: tuple) -> Any:
-    for option in options:
-        if str(option) == str(value):
-            return option
-    words = [str(option) for option in options]
-    raise ConfigError(f"{name}={value!r} is none of {', '.join(words)}{closest(str(value), words)}")
+        return None if is_nothing(value) else _cast(name, value, inner[0])
+    if typing.get_origin(hint) is list:
+        return [cast(name, v, inner[0]) for v in _listed(name, value)]
+    return cast(name, value, hint)
 
 def _listed(name: str, value: Any) -> list:
     if isinstance(value, str):
         return [part.strip(" '\"") for part in value.strip("[] ").split(",") if part.strip()]
     if not isinstance(value, list):
-        raise ConfigError(f"{name}={value!r} is not a list: write 1,2,3")
+        raise ConfigError(f"{name}={brief(value)} is not a list: write 1,2,3")
     return value
 
 # %% ../nbs/18_pipeline.ipynb #4216ea17
@@ -167,12 +154,21 @@ def admit(
     parameters: dict[str, Parameter],  # as declared
     given: dict[str, Any],  # name: value, of any type that can be cast
 ) -> dict[str, Any]:  # what was given, cast
-    "The given parameters, each of its declared type."
-    for name in given:
-        if name not in parameters:
-            options = ", ".join(parameters) or "none"
-            raise ConfigError(f"unknown parameter {name!r}{closest(name, parameters)}; there are {options}")
-    return {name: _cast(name, value, parameters[name].hint) for name, value in given.items()}
+    "The given parameters, each of its declared type; a field of the configuration that is no parameter becomes one of the overrides."
+    found, fields = {}, {}
+    for name, value in given.items():
+        own = name if name in parameters else ALIASES.get(name, name)
+        if own in parameters:
+            agree(found, own, _cast(name, value, parameters[own].hint), f"{name}={brief(value)}")
+        elif "overrides" in parameters and name in FIELD_NAMES:
+            fields[name] = value
+        else:
+            near = closest(name, parameters) or closest(name, FIELD_NAMES if "overrides" in parameters else ())
+            raise ConfigError(f"unknown parameter {brief(name)}{near}; there are {', '.join(parameters) or 'none'}")
+    if fields:
+        others = found.get("overrides", parameters["overrides"].default)
+        found["overrides"] = " ".join(text for text in (others, written(fields)) if text)
+    return found
 
 # %% ../nbs/18_pipeline.ipynb #42bc6fb9
 def _metadata_of(name: str) -> dict[str, Any]:
@@ -247,22 +243,18 @@ def read_command(
     return positionals, options
 
 # %% ../nbs/18_pipeline.ipynb #32034eb7
-def _mapping(text: str) -> dict[str, Any]:
-    "YAML text that maps names to values."
-    try:
-        value = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"parameters are not YAML: {_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"parameters {text!r} are no mapping: write 'name: value'")
-    return value
+def _mapping(value: Any) -> dict[str, Any]:
+    "Values of a file or text of parameters, where they have names."
+    if not isinstance(value or {}, dict):
+        raise ConfigError(f"parameters {brief(value)} are no mapping: write 'name: value'")
+    return value or {}
 
-def _text(path: str) -> str:
-    "A parameters file."
-    found = find_file(path)
-    if not found.is_file():
-        raise ConfigError(f"no parameters file {path}")
-    return found.read_text(encoding="utf-8")
+def _decoded(text: str) -> bytes:
+    "What base64 stands for."
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ConfigError(f"parameters {brief(text)} are not base64") from None
 
 # %% ../nbs/18_pipeline.ipynb #ae412e3f
 _GIVES = {"-p": "p", "--parameters": "p", "-r": "r", "--parameters_raw": "r", "-f": "f", "--parameters_file": "f",
@@ -273,8 +265,8 @@ def given_parameters(
 ) -> dict[str, Any]:  # name: value, not yet cast
     "The parameters of a command line."
     values = {kind: [v for name, v in options if _GIVES.get(name) == kind] for kind in "bfypr"}
-    texts = [base64.b64decode(v).decode() for (v,) in values["b"]]
-    texts += [_text(v) for (v,) in values["f"]] + [v for (v,) in values["y"]]
+    texts = [read_yaml(_decoded(v), "-b parameters") for (v,) in values["b"]]
+    texts += [read_yaml_file(find_file(v), "parameters") for (v,) in values["f"]] + [read_yaml(v, "-y parameters") for (v,) in values["y"]]
     return {k: v for text in texts for k, v in _mapping(text).items()} | dict(values["p"]) | dict(values["r"])
 
 # %% ../nbs/18_pipeline.ipynb #84ecf107
@@ -288,20 +280,6 @@ def papermill_command(
         return re.fullmatch(r".* -\w*m ?papermill", " ".join(before)) is not None
     program = Path(argv[0]) if argv else Path()
     return program.name in ("papermill", "papermill.exe") or program.parts[-2:] == ("papermill", "__main__.py")
-
-# %% ../nbs/18_pipeline.ipynb #ce6b62f1
-def _locked(path: Path):
-    "The file at a path, opened and locked; RunError where it is held."
-    while True:
-        file = open(path, "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise RunError(f"another process is making {path.name[5:-5]}") from None
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
-        file.close()
 
 # %% ../nbs/18_pipeline.ipynb #52dd4418
 class Claim:
@@ -319,13 +297,15 @@ class Claim:
         if free < self.SPACE:
             raise RunError(f"{report.parent} has {free >> 20} MiB free; a report needs {self.SPACE >> 20}", IO)
         with io_errors(f"cannot write to {report.parent}"):
-            self.file = _locked(self.path)
+            self.lock = take_lock(self.path, 0.1)
+        if self.lock is None:
+            raise RunError(f"another process is making {report.name}")
 
     def release(self):
         "Gives the name back."
-        if not self.file.closed:
+        if self.lock.is_locked:
             self.path.unlink(missing_ok=True)
-            self.file.close()
+            self.lock.release()
 
 # %% ../nbs/18_pipeline.ipynb #9ff908a7
 def claim_free(
@@ -440,7 +420,7 @@ def _private(
 ) -> tuple[list[str], list[tuple[re.Pattern, str]]]:  # secret values; patterns of paths and what stands for them
     "Secret values and paths of this machine: what is the same for every text."
     paths = []
-    for folder, short in ((root, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
+    for folder, short in ((root, "."), (Path(sys.prefix), "<python>"), (Path(os.path.expanduser("~")), "~")):
         for path in sorted({str(folder.absolute()), str(folder.resolve())}, key=len, reverse=True):
             if path.count("/") > 1 or short == "~" and path != "/":
                 paths.append((re.compile(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])"), short))
@@ -1196,8 +1176,10 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
 # %% ../nbs/18_pipeline.ipynb #8e5ab5a9
 def _leave(error: BaseException, program: str):
     "Ends the process with one line."
-    print(f"{program}: {redact(_line(error))}", file=sys.stderr)
-    raise SystemExit(_exit_code(error)) from None
+    line, code = last_words(error, clean=redact)
+    line = line.removeprefix(f"{type(error).__name__}: ") if foreseen(error) else line
+    print(f"{program}: {redact(line)}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 class HybridEngine:
     "papermill's engine `hybrid_nb`: checked parameters, a private transport, signals passed on, and the publish rule."
@@ -1221,7 +1203,7 @@ class HybridEngine:
         "Executes a notebook and publishes it at papermill's output path."
         try:
             return _run(nb, kernel_name, nb.metadata.papermill.get("output_path"), options)
-        except (RunError, ConfigError) as error:
+        except Exception as error:
             if not papermill_command(sys.argv, sys.orig_argv):
                 raise
             _leave(error, "papermill")
@@ -1240,7 +1222,7 @@ def _plug_in():
     if papermill_command(sys.argv, sys.orig_argv):
         try:
             typed, sys.argv[:] = [*sys.argv], complete_command(sys.argv)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             _leave(error, "papermill")
         if sys.argv != typed:
             _hush()
@@ -1365,52 +1347,37 @@ Any of them, or the path of a YAML file, is what MODEL stands for elsewhere.
 """
     print(_columns(preset_rows()))
 
-# %% ../nbs/18_pipeline.ipynb #4fa780ed
-def _duration(seconds: float) -> str:
-    "A duration with one unit."
-    for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} seconds"
-
 # %% ../nbs/18_pipeline.ipynb #5cd45888
 def _cost_row(name: str, config, rate: float) -> dict[str, Any]:
     "What a configuration costs, as a row."
-    from hybrid_nb.account import GIB, count_params, flops_per_token, run_seconds, run_tokens, total_memory
+    from hybrid_nb.account import GIB, count_params, duration_text, flops_per_token, run_seconds, run_tokens, total_memory
 
     t, count = config.train, count_params(config)
     return {"": name, "trainable": count.trainable, "frozen": count.frozen, "steps": t.steps,
             "tokens a step": t.batch_size * t.grad_accum * t.seq_len, "tokens": run_tokens(config),
             "FLOPs a token": f"{flops_per_token(config).total:.2e}", "memory GiB": round(total_memory(config) / GIB, 2),
-            "time here": _duration(run_seconds(config, rate))}
+            "time here": duration_text(run_seconds(config, rate))}
 
 def plan_text(
     plan,  # account.RunPlan
     rate: float,  # FLOP/s of matrix products on this machine
+    slow: str = "",  # why it is no higher, where there is a reason
 ) -> str:
     "What a run will cost here, and what its whole schedule would cost on named GPUs."
-    from hybrid_nb.account import ASSUMED_MFU, plan_rows
+    from hybrid_nb.account import ASSUMED_MFU, plan_rows, run_seconds
+    from hybrid_nb.rates import rate_text
 
     rows = [_cost_row("this run", plan.config, rate)]
     rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []
     fits = {True: "yes", False: "no"}
     gpus = [row | {"hours": round(row["hours"], 1), "fits": fits[row["fits"]]} for row in plan_rows(plan.whole)]
-    note = f"time here: {ASSUMED_MFU:.0%} of {rate / 1e9:,.0f} GFLOP/s in matrix products; evaluation is not counted"
+    note = f"time here: {ASSUMED_MFU:.0%} of {rate_text(rate)} in matrix products; evaluation is not counted"
+    reasons = [slow, "the whole schedule was made for GPUs" if run_seconds(plan.whole, rate) > 31_557_600 else ""]
+    note += "".join(f"; {reason}" for reason in reasons if reason)
     parts = [plan.trial, f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
     return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_pipeline.ipynb #4fb90e12
-def _rate_for(config, device: str | None) -> float:
-    "The measured rate of matrix products of the precision that a run would take here, FLOP/s."
-    import torch
-
-    from hybrid_nb.account import default_device
-    from hybrid_nb.train import fast_float32, resolve
-
-    device = device or default_device()
-    with fast_float32(device):
-        return resolve(config, torch.device(device)).matmul_flops
-
 @app.command(context_settings=_ANY, options_metavar="MODEL [-p PARAMETER VALUE]...")
 def plan(ctx: typer.Context):
     """Say what a run will cost, before it: parameters, memory, FLOPs, time.
@@ -1419,30 +1386,31 @@ def plan(ctx: typer.Context):
 hnb plan large
 hnb plan base -p steps 1000 -p full true
 """
-    from hybrid_nb.account import plan_run
+    from hybrid_nb.account import default_device, plan_run
+    from hybrid_nb.rates import emulation_note, precision_rate, settle_precision
 
     model, parameters = _words(ctx, "MODEL")
-    wanted = plan_run(model, **parameters)
-    print(plan_text(wanted, _rate_for(wanted.config, parameters.get("device"))))
+    wanted, device = plan_run(model, **parameters), parameters.get("device") or default_device()
+    precision = settle_precision(wanted.config.train.precision, device)
+    print(plan_text(wanted, precision_rate(precision, device), emulation_note(precision, device)))
 
 # %% ../nbs/18_pipeline.ipynb #77800d3d
 def _torch_rows() -> list[tuple[str, str]]:
     "Devices, and the measured rates of their matrix products."
     import torch
 
-    from hybrid_nb.train import fast_float32, matmul_rate
+    from hybrid_nb.rates import assumed_rates, emulation_note, matmul_rate, precision_rate, rate_text
 
-    def rate(dtype, device="cpu"):
-        return f"{matmul_rate(dtype, device) / 1e9:,.0f} GFLOP/s"
+    def rate(precision, device="cpu"):
+        note = emulation_note(precision, device)
+        return rate_text(precision_rate(precision, device)) + (", emulated: no run takes it by itself" if note else "")
 
-    rows = [("threads", str(torch.get_num_threads())), ("float32, as PyTorch comes", rate(torch.float32))]
-    with fast_float32("cpu"):
-        rows += [("float32, as trained here", rate(torch.float32))]
-    rows += [("bfloat16", rate(torch.bfloat16))]
+    rows = [("threads", str(torch.get_num_threads())), ("float32, as PyTorch comes", rate_text(matmul_rate(torch.float32))),
+            ("float32, as trained here", rate("fp32")), ("bfloat16", rate("bf16"))]
+    rows += [("rates assumed, not measured", ", ".join(assumed_rates()))] if assumed_rates() else []
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        rows += [(f"GPU {i}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, "
-                              f"bfloat16 {rate(torch.bfloat16, f'cuda:{i}')}")]
+        rows += [(f"GPU {i}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, bfloat16 {rate('bf16', f'cuda:{i}')}")]
     return rows if torch.cuda.device_count() else [*rows, ("GPU", "none: runs take the CPU")]
 
 # %% ../nbs/18_pipeline.ipynb #457a4a33
@@ -1494,24 +1462,25 @@ def sample_run(
     from hybrid_nb.data import END, load_tokenizer, prepare
     from hybrid_nb.evaluate import sample_text
     from hybrid_nb.hybrid import make_model
-    from hybrid_nb.runs import latest_checkpoint
+    from hybrid_nb.runs import latest_checkpoint, tensor_forms
+    from hybrid_nb.train import changed_weights
 
     if run is None:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
         return sample_text(model, load_tokenizer(path), **options)
     config = run.config
-    found, skipped = latest_checkpoint(run.path)
-    if found is None:
-        raise RunError(f"run {run.path.name} has no checkpoint yet", BAD_DATA)
-    for note in skipped:
-        print(f"passed over: {note}", file=sys.stderr)
     kept, cache = run.path / "model" / "tokenizer.json", run.path.parent / "cache"
     if not kept.is_file():
         kept = prepare(config.data, config.model.vocab_size, config.train.seq_len, cache).folder
     tokenizer = load_tokenizer(kept)
     end = tokenizer.token_to_id(END)
     model = make_model(config.model, bos_token_id=end, eos_token_id=end)
+    found, skipped = latest_checkpoint(run.path, lambda c: config.finetune or c.expect("model", tensor_forms(changed_weights(model))))
+    if found is None:
+        raise RunError(f"run {run.path.name} has no checkpoint yet", BAD_DATA)
+    for note in skipped:
+        print(f"passed over: {note}", file=sys.stderr)
     weights = found.groups["model"]
     if config.finetune is not None:  # a checkpoint of adapters holds no other weights; the finished model has them merged
         merged = run.path / "model" / "model.safetensors"
@@ -1674,12 +1643,7 @@ def main():
     "The `hnb` command."
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except KeyboardInterrupt:
-        _leave(RunError("interrupted", STOPPED), "hnb")
-    except (OSError, ValueError) as error:
-        _leave(error, "hnb")
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what the option parser has to say
-            raise
-        _leave(ConfigError(error.format_message()), "hnb")
+    except (Exception, KeyboardInterrupt) as error:
+        told = hasattr(error, "format_message")  # by the option parser
+        _leave(ConfigError(error.format_message()) if told else error, "hnb")
     sys.exit(code)

@@ -7,8 +7,8 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
            'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
-           'alarms', 'alarm_table', 'tolerance', 'verdict', 'because_table', 'verdict_table', 'bundle', 'StoredRun',
-           'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'LiveReport']
+           'alarms', 'alarm_table', 'tolerance', 'divergence', 'verdict', 'because_table', 'verdict_table', 'bundle',
+           'StoredRun', 'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'LiveReport']
 
 # %% ../nbs/17_report.ipynb #84222563
 import html
@@ -45,6 +45,7 @@ from hybrid_nb.account import (
     total_memory,
 )
 from .config import Config, ConfigError, asdict, from_dict
+from .evaluate import MOST_NATS, perplexity
 from .runs import check_name, in_checkout, load_run, run_name
 from .train import ProgressLines, lr_at
 
@@ -194,8 +195,8 @@ def headline(run) -> dict[str, Any]:
         "preset": run.config.name, "status": info["status"], "trial": info["trial"], "steps": run.config.train.steps,
         "steps_done": max((r["step"] for r in train + evals), default=0), "tokens": info["tokens_seen"],
         "params": params.total, "trainable": params.trainable, "frozen": params.frozen, "train_loss": last["loss"],
-        "val_loss": val, "val_ppl": math.exp(val) if val is not None else None, "bits_per_byte": last["bits_per_byte"],
-        "unigram_nats": data.get("unigram_nats"), "floor_nats": floor, "floor_ppl": math.exp(floor) if floor else None,
+        "val_loss": val, "val_ppl": perplexity(val) if val is not None else None, "bits_per_byte": last["bits_per_byte"],
+        "unigram_nats": data.get("unigram_nats"), "floor_nats": floor, "floor_ppl": perplexity(floor) if floor else None,
         "gap_nats": gap, "gap_percent": 100 * gap / floor if gap is not None else None, "tokens_per_s": rate,
         "mfu": mfu(rate, run.config, info["matmul_flops"]) if rate and info["matmul_flops"] else None,
         "memory_gib": last["memory_gib"], "duration_s": info["duration_s"], "device": resolved["device_name"],
@@ -231,14 +232,14 @@ def _plot_ppl(ax, run):
     for kind, name, text, style in (("train", "loss", "training", {"color": BLUE, "lw": 1}),
                                     ("eval", "val_loss", "validation", marked)):
         steps, losses = _series(run.records(kind), name)
-        ax.plot(steps, ppl := [math.exp(min(v, 50)) for v in losses], **style)
+        ax.plot(steps, ppl := [perplexity(v, 50) for v in losses], **style)
         curves += [(ppl[-1], steps[-1], text, style["color"])] if steps else []
     for i, (ppl, step, text, color) in enumerate(sorted(curves)):
         ax.annotate(f"{text} {ppl:.4g}", (step, ppl), xytext=(8, 5 if i else -11), textcoords="offset points",
                     color=color, fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5})
     for name, side in (("floor", "left"), ("unigram", "right")):
         if _finite(nats := run.info["data"].get(f"{name}_nats")):
-            _level(ax, math.exp(nats), f"{name} {math.exp(nats):.4g}", side)
+            _level(ax, perplexity(nats), f"{name} {perplexity(nats):.4g}", side)
     ax.set(yscale="log", xlabel="step", ylabel="perplexity", xlim=(0, 1.17 * max([1, *(c[1] for c in curves)])))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -478,12 +479,27 @@ def tolerance(run) -> float:
     t, tokens = run.config.train, run.info["data"].get("valid_tokens") or 1
     return 6.0 / math.sqrt(min(tokens, t.eval_batches * t.batch_size * t.seq_len or tokens))
 
+# %% ../nbs/17_report.ipynb #c85b37b6
+def divergence(run) -> str:  # '' where it has not
+    "What of its last evaluation says that a run diverged."
+    evals = run.records("eval")
+    if not evals:
+        return ""
+    first, last = evals[0]["val_loss"], evals[-1]["val_loss"]
+    if not _finite(last):
+        return "the last validation loss is not finite"
+    guess = math.log(run.config.model.vocab_size)
+    if last <= min(MOST_NATS, max(first if _finite(first) else 0.0, 2 * guess)):
+        return ""
+    return f"the last validation loss is {last:,.1f} nats; a uniform guess has {guess:.1f}"
+
 # %% ../nbs/17_report.ipynb #335cc4db
 def _failures(run, found: dict) -> list[str]:
     "What fails a run, whatever it was meant to be."
     val, floor, noise = found["val_loss"], found["floor_nats"], tolerance(run)
     fails = [f"{a.monitor}: {a.value}" for a in alarms(run) if a.state == "alarm" and a.monitor in DECISIVE]
     fails += [f"the run failed: {run.info['error']}"] if found["status"] == "failed" else []
+    fails += [f"diverged: {why}"] if found["status"] == "done" and (why := divergence(run)) else []
     if val is not None and floor and val < floor - noise:
         fails.append(f"validation loss {val:.4f} is below the floor {floor:.4f} by more than {noise:.4f} nats: "
                      "a leak, or a wrong evaluation")
@@ -492,7 +508,7 @@ def _failures(run, found: dict) -> list[str]:
 def _open_questions(found: dict) -> list[str]:
     "What keeps a run from deciding anything."
     opens = [f"a trial of {found['steps']:,} steps decides nothing of the whole schedule"] if found["trial"] else []
-    if found["status"] in ("stopped", "running"):
+    if found["status"] in ("stopped", "running", "interrupted"):
         opens.append(f"the run is {found['status']} at step {found['steps_done']:,} of {found['steps']:,}")
     missing = [n for n in ("val_loss", "unigram_nats") if found[n] is None]
     return opens + [f"{name} is unknown" for name in missing]

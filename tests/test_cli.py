@@ -118,5 +118,24 @@ def test_plan_and_doctor_measure(tmp_path):
     assert code == 0, err
     for what in ("python", "torch", "papermill", "processor", "compiler", "browser", "free disk"):
         assert re.search(rf"^{what} +\S", out, re.M), what
-    rates = [int(m.replace(",", "")) for m in re.findall(r"^(?:float32.*?|bfloat16) +([\d,]+) GFLOP/s$", out, re.M)]
-    assert len(rates) == 3 and all(rate > 1 for rate in rates)
+    rates = re.findall(r"^(?:float32.*?|bfloat16) +([\d.,]+) [TGM]FLOP/s", out, re.M)
+    assert len(rates) == 3 and all(float(rate.replace(",", "")) > 0 for rate in rates)
+
+
+def test_processes_take_assumed_rates(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HYBRID_NB_RATES": "fp32=8e10 bf16=1e9 fp16=2e9"}
+    plan = start([*HNB, "plan", "large"], tmp_path, env=env)
+    whole = start([*HNB, "plan", "large", "-p", "full", "true"], tmp_path, env=env)
+    doctor = start([*HNB, "doctor"], tmp_path, env=env)
+    wrong = start([*HNB, "plan", "large"], tmp_path, env=env | {"HYBRID_NB_RATES": "bf61=1e9"})
+    code, out, err = end(plan)
+    assert code == 0, err
+    assert "at 80 GFLOP/s in fp32 (bf16 is emulated on this device: 1.0 GFLOP/s, beside 80 GFLOP/s in fp32)" in out
+    this_run = next(line for line in out.splitlines() if line.startswith("this run"))
+    assert re.search(r"\b(\d|[1-9]\d|[12]\d\d) (seconds|minutes)$", this_run.strip()), this_run
+    code, out, err = end(whole)
+    assert code == 0 and "1.0 GFLOP/s in matrix products" in out and "bf16 is emulated" in out and "made for GPUs" in out
+    code, out, err = end(doctor)
+    assert code == 0 and re.search(r"^bfloat16 +1.0 GFLOP/s, emulated", out, re.M) and "not measured" in out
+    code, out, err = end(wrong)
+    assert (code, out) == (64, "") and err.startswith("hnb: HYBRID_NB_RATES='bf61=1e9': 'bf61' is none of fp32, bf16, fp16")
