@@ -959,7 +959,8 @@ def _error_outcome(ename: str, evalue: str, code: int, place: str) -> Outcome:
     return Outcome(f"{told} ({place})", code)
 
 # %% ../nbs/18_pipeline.ipynb #22682102
-_KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore:IProgress not found"}
+_KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore:IProgress not found",
+               "KINETO_LOG_LEVEL": "99"}
 
 def _place(nb, cell) -> str:
     "A code cell as a reader counts it."
