@@ -7,7 +7,7 @@ __all__ = ['ALIASES', 'QK_STATES', 'Projection', 'OutputProjection', 'MODEL_NAME
            'YAML_DEPTH', 'YAML_VALUES', 'ConfigError', 'brief', 'closest', 'names_of', 'agree', 'understood',
            'ModelConfig', 'HybridConfig', 'TrainConfig', 'DataConfig', 'DistillConfig', 'FinetuneConfig', 'Config',
            'asdict', 'config_hash', 'cast_number', 'is_nothing', 'cast', 'resolve', 'changed', 'override', 'written',
-           'get_config', 'read_yaml', 'read_yaml_file', 'to_yaml', 'from_dict', 'shipped', 'find_file', 'load_config']
+           'get_config', 'shipped', 'find_file', 'read_yaml', 'read_yaml_file', 'to_yaml', 'from_dict', 'load_config']
 
 # %% ../nbs/01_config.ipynb #bbf8ce1b
 import dataclasses
@@ -797,6 +797,20 @@ def get_config(
         raise ConfigError(f"unknown preset {brief(name)}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return override(PRESETS[name], overrides or {})
 
+# %% ../nbs/01_config.ipynb #e3bd320c
+def shipped() -> Path:
+    "The folder that holds the package's own `pipelines/`: the package where it is installed, the root in a checkout."
+    package = Path(hybrid_nb.__file__).resolve().parent
+    return package if (package / "pipelines").is_dir() else package.parent
+
+def find_file(
+    path: str | Path,
+) -> Path:  # the same, or where there is nothing the package's own of `pipelines/`
+    "The file that a path names."
+    path = Path(path)
+    own = shipped() / path
+    return own if path.parts[:1] == ("pipelines",) and own.is_file() and not path.exists() else path
+
 # %% ../nbs/01_config.ipynb #be76fd27
 YAML_BYTES, YAML_DEPTH, YAML_VALUES = 100_000, 20, 10_000  # of a file; levels; values, with aliases written out
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
@@ -917,8 +931,9 @@ def read_yaml_file(
     what: str = "configuration",  # file, for messages
 ) -> Any:
     "The plain values of a YAML file."
-    _check(os.path.isfile(path), f"no {what} file {str(path)[:200]}")
-    with open(path, "rb") as file:
+    found = find_file(path)
+    _check(os.path.isfile(found), f"no {what} file {str(path)[:200]}")
+    with open(found, "rb") as file:
         return read_yaml(file.read(YAML_BYTES + 1), str(path)[-200:])
 
 # %% ../nbs/01_config.ipynb #f9d666b4
@@ -948,20 +963,6 @@ def from_dict(
     values = {f"{part}.{k}": v for part, found in parts.items() for k, v in found.items()}
     config = get_config(raw.get("preset", "hybrid-smoke" if kind else "smoke"), values)
     return replace(config, name=cast("name", raw.get("name", config.name), str))
-
-# %% ../nbs/01_config.ipynb #e3bd320c
-def shipped() -> Path:
-    "The folder that holds the package's own `pipelines/`: the package where it is installed, the root in a checkout."
-    package = Path(hybrid_nb.__file__).resolve().parent
-    return package if (package / "pipelines").is_dir() else package.parent
-
-def find_file(
-    path: str | Path,
-) -> Path:  # the same, or where there is nothing the package's own of `pipelines/`
-    "The file that a path names."
-    path = Path(path)
-    own = shipped() / path
-    return own if path.parts[:1] == ("pipelines",) and own.is_file() and not path.exists() else path
 
 # %% ../nbs/01_config.ipynb #1fc3ba4f
 _SECTIONS = ("optimizer", "lr_schedule", "training")  # of document 001; their keys are fields' names alone

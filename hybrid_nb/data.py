@@ -37,13 +37,13 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .config import DataConfig, TrainConfig, closest
+from .lock import lock_held
 
 # %% ../nbs/02_data.ipynb #c66b80be
 class DataError(ValueError):
@@ -1040,7 +1040,7 @@ def publish(
 ) -> None:
     "Makes a folder of files with a manifest, unless it is there."
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):  # freed when the process ends, however it ends
+    with lock_held(folder.parent / f".{folder.name}.lock"):  # freed when the process ends, however it ends
         if folder.exists():
             return
         for left in folder.parent.glob(f".tmp-{folder.name}-*"):  # by a writer that was killed: the lock is ours

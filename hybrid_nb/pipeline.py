@@ -61,6 +61,7 @@ from hybrid_nb.config import (
     shipped,
     written,
 )
+from .lock import take_lock
 from hybrid_nb.runs import (
     BAD_DATA,
     IO,
@@ -75,7 +76,6 @@ from hybrid_nb.runs import (
     last_words,
     load_run,
     replace_file,
-    take_lock,
     temporary_folder,
 )
 from .runs import first_line as _line

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'first_line', 'foreseen', 'last_words', 'Parser',
            'check_name', 'run_name', 'fsync_dir', 'no_links', 'write_file', 'replace_file', 'write_json', 'remove',
-           'size_text', 'read_json', 'io_errors', 'check_space', 'take_lock', 'is_held', 'locked', 'temporary_folder',
+           'size_text', 'read_json', 'io_errors', 'check_space', 'lock_owner', 'locked', 'temporary_folder',
            'append_record', 'read_records', 'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms',
            'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout',
            'in_checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'read_info', 'load_run',
@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,10 +35,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
 import hybrid_nb
 from .config import Config, asdict, config_hash, from_dict, shipped
+from .lock import is_held, lock_marker, take_lock
 
 # %% ../nbs/13_runs.ipynb #c9de8668
 USAGE, BAD_DATA, NUMERIC, IO, STOPPED = 64, 65, 70, 74, 75
@@ -102,7 +100,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         "Raise what is wrong."
         raise RunError(message)
-
 
 # %% ../nbs/13_runs.ipynb #12d0ef44
 def check_name(name: str) -> str:
@@ -193,7 +190,6 @@ def read_json(
         raise RunError(f"{path} is damaged: it holds {type(value).__name__}, not an object with names", BAD_DATA)
     return value
 
-
 # %% ../nbs/13_runs.ipynb #80534d61
 @contextmanager
 def io_errors(what: str) -> Iterator[None]:
@@ -223,53 +219,24 @@ def check_space(folder: Path, need: int):  # bytes
         raise RunError(f"{folder} has {size_text(free)} free; a run needs {size_text(need)} (three checkpoints)", IO)
 
 # %% ../nbs/13_runs.ipynb #28dde655
-def take_lock(
-    path: Path,
-    wait: float = 0.0,  # seconds; negative: as long as it takes
-) -> BaseFileLock | None:  # None: another process holds it
-    "Lock a file until the lock is released or its process ends."
-    with warnings.catch_warnings(), io_errors(f"cannot lock {path}"):
-        warnings.simplefilter("ignore")  # filelock tells that it takes a marker
-        for kind in (FileLock, SoftFileLock):
-            lock = kind(path, thread_local=False)
-            try:
-                lock.acquire(timeout=wait, poll_interval=0.02)
-                return lock
-            except Timeout:
-                return None
-            except OSError as error:
-                if error.errno in (errno.ELOOP, errno.EMLINK):
-                    raise RunError(f"{path} is a link; files of a run are opened without following links", BAD_DATA) from None
-                if kind is SoftFileLock or error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise
-
-def is_held(path: Path) -> bool:
-    "Whether a process holds a lock; also True where that cannot be told."
-    try:
-        lock = take_lock(path) if path.exists() else False
-    except RunError:
-        return True
-    if lock:
-        lock.release()
-    return lock is None
-
-def _holder(path: Path) -> str:
-    "The process that a lock file names."
-    with open(path, "rb", opener=no_links) as f:
+def lock_owner(path: Path) -> str:
+    "The process that a lock names."
+    marker = lock_marker(path)
+    with open(marker if marker.exists() else path, "rb", opener=no_links) as f:
         return f.readline(20).decode(errors="replace").strip() or "?"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     "Hold a run folder; a second process is refused."
     path = folder / "lock"
-    lock = take_lock(path, 0.3)  # whoever only asks whether it is held lets go at once
+    with open(path, "ab", opener=no_links), io_errors(f"cannot lock {path}"):
+        lock = take_lock(path, 0.3)  # whoever only asks whether it is held lets go at once
     if lock is None:
-        raise RunError(f"run folder {folder} is in use by process {_holder(path)}")
+        raise RunError(f"run folder {folder} is in use by process {lock_owner(path)}")
     try:
-        if not isinstance(lock, SoftFileLock):  # a marker names its process already
-            with open(path, "r+b", opener=no_links) as f:
-                f.truncate()
-                f.write(f"{os.getpid()}\n".encode())
+        with open(path, "r+b", opener=no_links) as f:
+            f.truncate()
+            f.write(f"{os.getpid()}\n".encode())
         yield
     finally:
         lock.release()

@@ -37,9 +37,10 @@ from .convert import quiet_transformers
 from .data import DataError, TokenData, load_tokenizer, publish, read_manifest, tokenizer_hash
 from .decoder import DecoderPreTrainedModel
 from .hybrid import HybridLanguageModel  # registers our models with transformers
+from .lock import is_held, lock_held, take_lock
 from .projector import merge_heads, read_teacher, undo_rope
 from .rope import Stretch, rope_table
-from .runs import BAD_DATA, IO, NUMERIC, RunError, io_errors, is_held, size_text, take_lock, tensor_hash, write_json
+from .runs import BAD_DATA, IO, NUMERIC, RunError, io_errors, size_text, tensor_hash, write_json
 
 # %% ../nbs/22_teacher.ipynb #2de4b3de
 class Place(NamedTuple):
@@ -675,8 +676,7 @@ def _open(root: Path, folder: Path, identity: dict[str, Any], need: int, limit: 
     "Claim an extraction's folder, which nobody removes as long as the store lives."
     with io_errors(f"cannot write to {root}"):
         root.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(root / ".lock", wait=-1)
-        try:
+        with lock_held(root / ".lock"):
             if not folder.exists():
                 make_room(root, need, limit, what)
                 folder.mkdir()
@@ -687,8 +687,6 @@ def _open(root: Path, folder: Path, identity: dict[str, Any], need: int, limit: 
                 if not is_held(left):
                     left.unlink(missing_ok=True)
             use = take_lock(folder / f".use-{uuid.uuid4().hex}")
-        finally:
-            lock.release()
     return KVStore(folder, identity, use)
 
 # %% ../nbs/22_teacher.ipynb #945d7e0b

@@ -31,7 +31,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from hybrid_nb import runs, shard, train
+from hybrid_nb import runs, train
 from hybrid_nb.config import Config, ModelConfig, get_config, override
 from hybrid_nb.data import grammar_entropy
 from hybrid_nb.decoder import DecoderForCausalLM, make_decoder
@@ -225,17 +225,19 @@ DIVIDED = get_config("smoke", {
 
 def one_update(mode: str, world: train.World, rank: int, what: str) -> str | None:  # None: there is no such weight
     "What an update ends in when one rank has NaN in the gradient of a kind of weight, or its loss is infinite."
+    from hybrid_nb import shard  # takes seconds to import
+
     torch.manual_seed(0)
     model = make_decoder(DIVIDED.model)
     layout = shard.Layout(mode, DIVIDED, world, torch.device("cpu"))
     net, optimizer = layout.shard(model, DIVIDED.train)
     chosen = [p for p in model.parameters() if p.requires_grad and hasattr(p, "full_tensor") is (what == "sharded")]
-    if not chosen and what != "loss":
+    if not chosen and what in ("whole", "sharded"):
         return None
     real = train.clip_gradients
 
     def spoil(params, most):
-        if what != "loss" and world.rank == rank:
+        if what in ("whole", "sharded") and world.rank == rank:
             grad = chosen[-1].grad
             (grad.to_local() if hasattr(grad, "full_tensor") else grad).fill_(float("nan"))
         return real(params, most)
@@ -261,6 +263,8 @@ def one_update(mode: str, world: train.World, rank: int, what: str) -> str | Non
 
 def one_rank_sees(folder: str):
     "Instead of a run: updates in every layout with something wrong on one rank; what each rank makes of them, in files."
+    from hybrid_nb import shard  # takes seconds to import
+
     def main(argv):
         world, _ = train.join_world("cpu")
         found = {f"{mode} {what} {rank}": one_update(mode, world, rank, what)

@@ -493,7 +493,7 @@ def test_full_disk_pretended(run, wholes, monkeypatch, owner, name, fault):
 def test_too_little_space_is_refused_before_training(run, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "update", lambda *a: pytest.fail("it trained"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    refused(run, runs.IO, "1,000 bytes free; a run needs 1.54 MiB (three checkpoints)")
+    refused(run, runs.IO, "1,000 bytes free; a run needs 1.01 MiB (three checkpoints)")
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["config.json", "lock"]
 
 
