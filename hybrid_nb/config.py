@@ -1051,6 +1051,7 @@ def load_config(
     path: str | Path,  # of a YAML file: ours, or one of the documents'
 ) -> Config:
     "The configuration that a YAML file describes; what it tells beside that is named in a line on stderr."
+    path = find_file(path)
     raw = read_yaml_file(path)
     _check(isinstance(raw, dict) and raw, f"{str(path)[-200:]} holds no mapping of names to values")
     raw = {"name": Path(path).stem} | raw
