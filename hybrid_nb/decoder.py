@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['foreign_names', 'is_newer', 'check_foreign', 'attribute_names', 'DecoderConfig', 'make_norm', 'DecoderBlock',
-           'settle_tying', 'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'Texts', 'next_tokens',
-           'count_targets', 'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel', 'linear_cross_entropy',
-           'head_loss', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama',
-           'checkpoint_activations']
+           'settle_tying', 'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'check_holes', 'Texts',
+           'next_tokens', 'count_targets', 'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel',
+           'linear_cross_entropy', 'head_loss', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state',
+           'to_llama', 'checkpoint_activations']
 
 # %% ../nbs/09_decoder.ipynb #7dbd8b7b
 import re
@@ -304,6 +304,15 @@ def text_starts(
     step = position_BS - position_BS.gather(1, real.clamp(min=0))
     return keep_BS & ~((real >= 0) & ((step == 1) | (step == index - real)))
 
+def check_holes(
+    keep_BS: Tensor | None,  # bool: False where padded
+    first_BS: Tensor,  # as `text_starts` gives it
+):
+    "Refuse padding inside a text, for models in which a token hands something to the next."
+    if keep_BS is not None and not torch.compiler.is_compiling() and (keep_BS[:, 1:] & ~keep_BS[:, :-1] & ~first_BS[:, 1:]).any():
+        raise ValueError("padding after real tokens of the same text: a scan and shifted keys cannot pass over it; "
+                         "pad before a text or behind it")
+
 class Texts(NamedTuple):
     "The texts in the rows of a batch."
     position_BS: Tensor  # of past and new tokens
@@ -376,7 +385,7 @@ def count_targets(
 class DecoderModelOutput(BaseModelOutputWithPast):
     "Hidden states with what the routers did."
     routing: Tensor | None = None  # (L, 2, B or texts, E), as `routing_statistics` gives them, of the layers with experts
-    texts: Texts | None = None  # None: each row is one text, without padding
+    texts: Texts | None = None  # for the model's head; None: not asked for, or each row is one text, without padding
 
 def causal_mask(
     config: PreTrainedConfig,
@@ -437,7 +446,10 @@ class DecoderModel(DecoderPreTrainedModel):
         position_ids = token_positions(T, config.max_seq_len, h_BTD.device, keep_BS, past, position_ids, before)
         if prepared or not (count or past_key_values is not None or keep_BS is not None or config.qk_shift):
             return position_ids, None
-        return position_ids, Texts.of(position_ids, B, keep_BS, past, before, count)
+        texts = Texts.of(position_ids, B, keep_BS, past, before, count)
+        if config.qk_shift:
+            check_holes(keep_BS, texts.first_BS)
+        return position_ids, texts
 
     @can_return_tuple
     def forward(
@@ -450,6 +462,7 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache: bool | None = None,  # None: in evaluation mode, as the configuration says
         output_hidden_states: bool | None = None,  # None: as the configuration says
         output_attentions: bool | None = None,
+        return_texts: bool = False,  # to a head, which needs them for its loss
         **kwargs,
     ) -> DecoderModelOutput:
         config = self.config
@@ -490,7 +503,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return DecoderModelOutput(last_hidden_state=h_BTD, past_key_values=past_key_values,
                                   hidden_states=tuple(states) if output_hidden_states else None,
                                   attentions=None if maps is None else tuple(maps),
-                                  routing=torch.stack(routing) if routing else None, texts=texts)
+                                  routing=torch.stack(routing) if routing else None, texts=texts if return_texts else None)
 
 # %% ../nbs/09_decoder.ipynb #5c8fcebf
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -583,7 +596,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         # expert_load (L, E): of the whole batch, where these sequences are a part of it
     ) -> DecoderOutput:  # in training with labels, logits are None: the loss never holds them
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                         output_hidden_states, output_attentions, return_dict=True)
+                         output_hidden_states, output_attentions, return_texts=True, return_dict=True)
         h_BTD, loss, token_loss, logits, shift_labels = out.last_hidden_state, None, None, None, kwargs.get("shift_labels")
         routing = out.routing
         if labels is not None:
