@@ -240,7 +240,7 @@ class ModelConfig:
     moe_layers: int | None = _later(None)  # how many layers have experts, the last ones; None: all
     norm_topk_prob: bool = _later(True)  # the chosen experts' weights sum to 1
     aux_loss_alpha: float = _later(0.1)  # weight of the load-balancing loss
-    seq_aux: bool = _later(True)  # balance is measured in each sequence, not in the batch
+    seq_aux: bool = _later(True)  # balance is measured in each sequence; False: in the whole batch, whose parts are then passed twice
 
     def __post_init__(self):
         _check_types(self)
@@ -1051,6 +1051,7 @@ def load_config(
     path: str | Path,  # of a YAML file: ours, or one of the documents'
 ) -> Config:
     "The configuration that a YAML file describes; what it tells beside that is named in a line on stderr."
+    path = find_file(path)
     raw = read_yaml_file(path)
     _check(isinstance(raw, dict) and raw, f"{str(path)[-200:]} holds no mapping of names to values")
     raw = {"name": Path(path).stem} | raw

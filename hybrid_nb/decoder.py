@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['foreign_names', 'is_newer', 'check_foreign', 'attribute_names', 'DecoderConfig', 'make_norm', 'DecoderBlock',
-           'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'check_holes', 'Texts', 'next_tokens',
-           'count_targets', 'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel', 'linear_cross_entropy',
-           'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama', 'checkpoint_activations']
+           'settle_tying', 'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'check_holes', 'Texts',
+           'next_tokens', 'count_targets', 'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel',
+           'linear_cross_entropy', 'head_loss', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state',
+           'to_llama', 'checkpoint_activations']
 
 # %% ../nbs/09_decoder.ipynb #7dbd8b7b
 import re
@@ -194,6 +195,13 @@ class DecoderBlock(GradientCheckpointingLayer):
         return h_BTD + drop(y_BTD), routing
 
 # %% ../nbs/09_decoder.ipynb #5cb1e7f6
+def settle_tying(model: PreTrainedModel) -> PreTrainedModel:
+    "A model whose configuration says what its weights do: where head and embedding differ, they are not tied."
+    head, table = (part.weight for part in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if model.config.tie_word_embeddings and head is not table and not torch.equal(head, table):
+        model.config.tie_word_embeddings = False
+    return model
+
 class DecoderPreTrainedModel(PreTrainedModel):
     "What transformers needs to know of the decoder: configuration, initial weights, abilities."
     config_class = DecoderConfig
@@ -230,6 +238,17 @@ class DecoderPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        "As transformers has it; a configuration that calls weights tied which differ is corrected."
+        found = super().from_pretrained(*args, **kwargs)
+        settle_tying(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def save_pretrained(self, *args, **kwargs):
+        "As transformers has it, with a configuration that says whether the weights are tied."
+        super(DecoderPreTrainedModel, settle_tying(self)).save_pretrained(*args, **kwargs)
 
 # %% ../nbs/09_decoder.ipynb #c016c7b9
 def _last_position(before_BP: Tensor, keep_BP: Tensor | None) -> Tensor:  # (B or 1, 1)
@@ -530,6 +549,17 @@ def linear_cross_entropy(
     "The summed cross-entropy of a linear head, without ever holding all its logits."
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, chunk)
 
+def head_loss(
+    head: nn.Module,
+    hidden: Tensor,  # (..., D)
+    targets: Tensor,  # (...) word ids; -100: do not count
+) -> Tensor:  # scalar, float32 at least, nats, summed
+    "The summed cross-entropy of a head; what stands beside a linear map, as an adapter does, is heard only where the head is called."
+    if isinstance(head, nn.Linear):
+        return linear_cross_entropy(hidden, head.weight, targets)
+    logits = head(hidden).flatten(0, -2)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction="sum")
+
 # %% ../nbs/09_decoder.ipynb #4d1047ae
 @dataclass
 class DecoderOutput(CausalLMOutputWithPast):
@@ -562,7 +592,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,  # None: as the configuration says
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,  # 0: all positions
-        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
+        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels;
+        # expert_load (L, E): of the whole batch, where these sequences are a part of it
     ) -> DecoderOutput:  # in training with labels, logits are None: the loss never holds them
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                          output_hidden_states, output_attentions, return_texts=True, return_dict=True)
@@ -573,9 +604,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             count_B = count_targets(shift_labels, out.texts)
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = linear_cross_entropy(h_BTD, self.lm_head.weight, shift_labels) / count
+            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training and routing is not None:
-                loss, token_loss = token_loss + balance_loss(routing, count_B / count, self.config), token_loss.detach()
+                loss = token_loss + balance_loss(routing, count_B / count, self.config, kwargs.get("expert_load"))
+                token_loss = token_loss.detach()
         if not (self.training and loss is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])
@@ -619,7 +651,7 @@ def learned_state(model: nn.Module) -> dict[str, Tensor]:
 # %% ../nbs/09_decoder.ipynb #c500aa50
 def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
     "The same function as a `LlamaForCausalLM`; frozen, shared and corrected projections are written out, an absent o is the identity."
-    c = model.config.shape
+    c = settle_tying(model).config.shape
     need = {"ffn": "swiglu", "norm": "rmsnorm", "position": "rope", "qk_norm": False, "qk_shift": False, "n_routed_experts": 0}
     for name, value in need.items():
         if getattr(c, name) != value:

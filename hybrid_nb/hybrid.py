@@ -29,7 +29,7 @@ from hybrid_nb.decoder import (
     attribute_names,
     check_holes,
     count_targets,
-    linear_cross_entropy,
+    head_loss,
     make_decoder,
     next_tokens,
     token_positions,
@@ -351,7 +351,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             count_B = count_targets(shift_labels, texts)
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = linear_cross_entropy(h_BTD, self.lm_head.weight, shift_labels) / count
+            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training:
                 loss, token_loss = token_loss + gate_loss(gates, count_B / count, shape), token_loss.detach()
         if not (self.training and loss is not None):

@@ -76,6 +76,7 @@ from hybrid_nb.runs import (
     last_words,
     load_run,
     replace_file,
+    temporary_folder,
 )
 from .runs import first_line as _line
 
@@ -266,7 +267,7 @@ def given_parameters(
     "The parameters of a command line."
     values = {kind: [v for name, v in options if _GIVES.get(name) == kind] for kind in "bfypr"}
     texts = [read_yaml(_decoded(v), "-b parameters") for (v,) in values["b"]]
-    texts += [read_yaml_file(v, "parameters") for (v,) in values["f"]] + [read_yaml(v, "-y parameters") for (v,) in values["y"]]
+    texts += [read_yaml_file(find_file(v), "parameters") for (v,) in values["f"]] + [read_yaml(v, "-y parameters") for (v,) in values["y"]]
     return {k: v for text in texts for k, v in _mapping(text).items()} | dict(values["p"]) | dict(values["r"])
 
 # %% ../nbs/18_pipeline.ipynb #84ecf107
@@ -282,6 +283,20 @@ def papermill_command(
     return program.name in ("papermill", "papermill.exe") or program.parts[-2:] == ("papermill", "__main__.py")
 
 # %% ../nbs/18_pipeline.ipynb #52dd4418
+def _remove_left(reports: Path, stem: str):
+    "Removes what killed processes left in a folder of reports: claims that nobody holds, and what was half written under them."
+    stems = [stem]
+    for path in reports.glob(".tmp-*.ipynb.lock"):
+        lock = take_lock(path)
+        if lock:
+            stems.append(path.name.removeprefix(".tmp-").removesuffix(".ipynb.lock"))
+            path.unlink(missing_ok=True)
+            lock.release()
+    left = [path for name in stems for path in reports.glob(f".tmp-{name}.*-*")]
+    shared = (path for name in ("index.html", "probe") for path in reports.glob(f".tmp-{name}-*"))
+    for path in left + [path for path in shared if path.stat().st_mtime < time.time() - 60]:
+        path.unlink(missing_ok=True)
+
 class Claim:
     "The place of a report, held by this process."
 
@@ -300,6 +315,7 @@ class Claim:
             self.lock = take_lock(self.path, 0.1)
         if self.lock is None:
             raise RunError(f"another process is making {report.name}")
+        _remove_left(report.parent, report.stem)
 
     def release(self):
         "Gives the name back."
@@ -783,17 +799,28 @@ def private_transport():
     "Configuration of a kernel manager whose files and sockets lie in a folder of their own."
     from traitlets.config import Config
 
-    folder = Path(tempfile.mkdtemp(prefix="hnb-"))
-    if len(str(folder)) > 80:  # the address of a UNIX socket has at most 107 bytes
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="hnb-", dir="/tmp"))
-    try:
+    root = tempfile.gettempdir()
+    with temporary_folder(Path("/tmp" if len(root) > 68 else root)) as folder:  # the address of a UNIX socket has at most 107 bytes
         manager = {"transport": "ipc", "ip": str(folder / "s"), "connection_file": str(folder / "kernel.json")}
         yield Config(KernelManager=manager)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/18_pipeline.ipynb #7e585560
+def _silence(stream):
+    "Sends what is still printed to a stream nowhere, so that nothing fails at the end."
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+def _say(text: str, name: str = "stdout"):
+    "Prints to a stream of this process, as long as somebody reads."
+    stream = getattr(sys, name)
+    try:
+        if stream:
+            print(text, file=stream, flush=True)
+    except OSError:
+        _silence(stream)
+
 def _settled(line: str) -> str:
     "What is left to see of a line with carriage returns."
     return line.rstrip("\r").rpartition("\r")[2]
@@ -820,6 +847,7 @@ class Echo:
                 tqdm.write(redact("\n".join(map(_settled, lines))), file=self.stream)
                 self.stream.flush()
             except OSError:  # the reader of a pipe has gone; the run goes on
+                _silence(self.stream)
                 self.stream = None
 
     def flush(self):
@@ -881,7 +909,7 @@ class Interrupts:
     def _handle(self, number, frame):
         if self.name is None:
             self.name = signal.Signals(number).name
-            print(f"{self.name}: interrupting the notebook; once more ends it at once", file=sys.stderr, flush=True)
+            _say(f"{self.name}: interrupting the notebook; once more ends it at once", "stderr")
             threading.Thread(target=self._deliver, daemon=True).start()
         elif not self._send(signal.SIGKILL):
             raise KeyboardInterrupt
@@ -931,7 +959,8 @@ def _error_outcome(ename: str, evalue: str, code: int, place: str) -> Outcome:
     return Outcome(f"{told} ({place})", code)
 
 # %% ../nbs/18_pipeline.ipynb #22682102
-_KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore:IProgress not found"}
+_KERNEL_ENV = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore:IProgress not found",
+               "KINETO_LOG_LEVEL": "99"}
 
 def _place(nb, cell) -> str:
     "A code cell as a reader counts it."
@@ -1012,7 +1041,7 @@ def execute(
     from papermill.engines import NotebookExecutionManager
     from papermill.log import logger
 
-    manager = NotebookExecutionManager(nb, progress_bar=progress_bar and sys.stderr.isatty(), log_output=log_output)
+    manager = NotebookExecutionManager(nb, progress_bar=progress_bar and bool(sys.stderr and sys.stderr.isatty()), log_output=log_output)
     manager.notebook_start()
     out = Echo(None if log_output else echo_to or sys.stdout, stdout_file)
     err = Echo(None if log_output else sys.stderr, stderr_file)
@@ -1074,6 +1103,12 @@ def _judge(nb, outcome: Outcome) -> tuple[str | None, int]:
     stopped = run_info(shown_result(nb)).get("status") == "stopped"
     return outcome.problem or report_problem(nb), outcome.exit_code or (STOPPED if stopped else BAD_DATA)
 
+def _failures(report: Path) -> list[Path]:
+    "FAILED notebooks of a report, and of one that was named by its parameters those of any number."
+    base = re.sub(r"(-[0-9a-f]{6})-\d{1,3}$", r"\1", report.stem)
+    number = r"(-\d{1,3})?" if re.search(r"-[0-9a-f]{6}$", base) else ""
+    return [p for p in report.parent.glob(f"{base}*") if re.fullmatch(rf"{re.escape(base)}{number}\.FAILED\.ipynb", p.name)]
+
 def publish(
     nb,  # tidy
     report: Path,  # where to
@@ -1091,7 +1126,8 @@ def publish(
         _publish_failed(text, report, problem, code)
     with io_errors(f"cannot publish {_shown(report)}"):
         replace_file(report, text.encode())
-        report.with_name(f"{report.stem}.FAILED.ipynb").unlink(missing_ok=True)
+        for failed in _failures(report):
+            failed.unlink(missing_ok=True)
     export_html(report)
     write_index(report.parent)
     return report
@@ -1148,7 +1184,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
     "The steps of the engine."
     given = dict(nb.metadata.papermill.get("parameters") or {})
     parameters = admit(declared(nb), {k: v for k, v in given.items() if k not in _PATHS})
-    _inject(nb, kernel_name, given | parameters)
+    _inject(nb, kernel_name, {k: v for k, v in given.items() if k in _PATHS} | parameters)
     report = _local_report(output)
     if report is None:
         outcome = execute(nb, kernel_name, echo_to=sys.stderr, **options)
@@ -1169,8 +1205,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
         claim.release()
     Published(output)
     numbers = ", ".join(f"{k} {_number_text(v)}" for k, v in found["headline"].items() if v is not None)
-    print(f"verdict {found['verdict']}: {numbers}")
-    print(f"report  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}", flush=True)
+    _say(f"verdict {found['verdict']}: {numbers}\nreport  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}")
     return nb
 
 # %% ../nbs/18_pipeline.ipynb #8e5ab5a9
@@ -1178,7 +1213,7 @@ def _leave(error: BaseException, program: str):
     "Ends the process with one line."
     line, code = last_words(error, clean=redact)
     line = line.removeprefix(f"{type(error).__name__}: ") if foreseen(error) else line
-    print(f"{program}: {redact(line)}", file=sys.stderr)
+    _say(f"{program}: {redact(line)}", "stderr")
     raise SystemExit(code) from None
 
 class HybridEngine:
@@ -1366,6 +1401,7 @@ def plan_text(
     "What a run will cost here, and what its whole schedule would cost on named GPUs."
     from hybrid_nb.account import ASSUMED_MFU, plan_rows, run_seconds
     from hybrid_nb.rates import rate_text
+    from hybrid_nb.train import notes_before
 
     rows = [_cost_row("this run", plan.config, rate)]
     rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []
@@ -1374,7 +1410,7 @@ def plan_text(
     note = f"time here: {ASSUMED_MFU:.0%} of {rate_text(rate)} in matrix products; evaluation is not counted"
     reasons = [slow, "the whole schedule was made for GPUs" if run_seconds(plan.whole, rate) > 31_557_600 else ""]
     note += "".join(f"; {reason}" for reason in reasons if reason)
-    parts = [plan.trial, f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
+    parts = [plan.trial, *notes_before(plan.config), f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
     return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_pipeline.ipynb #4fb90e12
@@ -1611,8 +1647,8 @@ def verify_replay(
         raise RunError(f"{report}: a run {info['status']} on {info['world_size']} processes is not replayed")
     settled = {"precision": resolved["precision"], "compile": "yes" if resolved["compile"] else "no"}
     torch.set_num_threads(resolved["threads"])
-    with tempfile.TemporaryDirectory(prefix="hnb-replay-") as folder:
-        again = train(override(stored.config, settled), Path(folder) / info["name"], device=resolved["device"],
+    with temporary_folder() as folder:
+        again = train(override(stored.config, settled), folder / info["name"], device=resolved["device"],
                       cache=reports_folder(Path(report)).parent / "runs" / "cache", on_update=_show_step)
         return compare_runs((info, stored.records("eval")), (again.info, again.records("eval")))
 
@@ -1643,6 +1679,11 @@ def main():
     "The `hnb` command."
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if sys.stdout:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # who reads has read enough; click makes the second of the first
+        _silence(sys.stdout)
+        code = 0
     except (Exception, KeyboardInterrupt) as error:
         told = hasattr(error, "format_message")  # by the option parser
         _leave(ConfigError(error.format_message()) if told else error, "hnb")

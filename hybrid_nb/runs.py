@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'RunError', 'first_line', 'foreseen', 'last_words', 'Parser',
            'check_name', 'run_name', 'fsync_dir', 'no_links', 'write_file', 'replace_file', 'write_json', 'remove',
-           'size_text', 'read_json', 'io_errors', 'check_space', 'lock_owner', 'locked', 'append_record',
-           'read_records', 'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms',
+           'size_text', 'read_json', 'io_errors', 'check_space', 'lock_owner', 'locked', 'temporary_folder',
+           'append_record', 'read_records', 'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms',
            'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout',
            'in_checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'read_info', 'load_run',
            'claim_folder']
@@ -25,9 +25,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import metadata
@@ -239,6 +240,36 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+# %% ../nbs/13_runs.ipynb #55aff041
+def _abandoned(folder: Path) -> bool:
+    "Whether a temporary folder is ours and complete, so that one that nobody holds has been left."
+    about = folder.lstat()
+    old = about.st_mtime < time.time() - 1  # a younger one may not be locked yet
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and old and (folder / "lock").is_file()
+
+def _remove_abandoned(root: Path):
+    "Remove the temporary folders under a folder that killed processes left."
+    for folder in root.glob("hnb-*"):
+        with suppress(OSError, RunError):
+            lock = take_lock(folder / "lock") if _abandoned(folder) else None
+            if lock:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.release()
+
+@contextmanager
+def temporary_folder(
+    root: Path | None = None,  # in which it is made; None: the system's
+) -> Iterator[Path]:
+    "A folder of this process until it leaves the block or is killed."
+    root = Path(root or tempfile.gettempdir())
+    _remove_abandoned(root)
+    folder = Path(tempfile.mkdtemp(prefix="hnb-", dir=root))
+    try:
+        with locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/13_runs.ipynb #6b4401bd
 _CHECK = re.compile(rb', "check": "([0-9a-f]{16})"\}\Z')
@@ -457,8 +488,11 @@ def latest_checkpoint(
         try:
             found, why = read_checkpoint(path), ""
             check(found)
-        except RunError as error:
-            why = str(error)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a stranger's file brings about
+            known = isinstance(error, RunError)
+            why = str(error) if known else f"checkpoint {path} is damaged: {type(error).__name__}: {first_line(error)}"
         if agree(not why):
             return found, skipped
         skipped.append(why or f"checkpoint {path} cannot be read by another process")

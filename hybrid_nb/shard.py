@@ -16,7 +16,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -65,6 +64,7 @@ from hybrid_nb.runs import (
     latest_checkpoint,
     load_run,
     save_checkpoint,
+    temporary_folder,
 )
 from .study import t_interval
 from .train import World, global_batch, join_world, leave, make_optimizer, split_batch, update
@@ -347,7 +347,7 @@ def run_trials(
     steps: int = 10,
 ) -> dict[str, dict]:  # mode: as `run_trial`, bytes a list over the processes; 'one': in this process
     "The same updates in one process and, by torchrun on two, in each layout."
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         (Path(folder) / "config.yaml").write_text(to_yaml(config))
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hybrid_nb.shard", "trial",
                  "--config", f"{folder}/config.yaml", "--out", folder, "--steps", str(steps), "--modes", *modes]

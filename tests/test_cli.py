@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from test_papermill import LOOP, SHOW, TRAIN, end, good_report, start, tiny
+from test_papermill import LOOP, PAPERMILL, SHOW, TRAIN, end, good_report, start, tiny
 
 from hybrid_nb.pipeline import Claim
 
@@ -95,6 +95,65 @@ def test_run_is_stopped_by_a_signal(tmp_path):
     code, out, err = end(process)
     assert code == 75 and "SIGINT: stopped; the same command continues the run" in err, err
     assert (tmp_path / "checkpoint").exists()
+
+
+def head(words: list, folder: Path, lines: int, **options) -> tuple[int, str]:
+    "Exit code, and stderr where it is not the same pipe, of a command whose reader leaves after some lines."
+    process = start(words, folder, **options)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read() if process.stderr else ""
+    return process.wait(timeout=60), err
+
+
+def test_the_reader_of_a_pipe_may_leave(tmp_path):
+    path = tiny(tmp_path / "pipelines" / "train.ipynb")
+    for name, options in (("out", {}), ("both", {"stderr": subprocess.STDOUT})):
+        assert head([*HNB, "run", path, "--output", f"reports/{name}.ipynb"], tmp_path, 1, **options) == (0, "")
+        assert {f"{name}.ipynb", f"{name}.html"} <= {p.name for p in (tmp_path / "reports").iterdir()}
+    assert head([*PAPERMILL, path, "reports/mill.ipynb", "--log-level", "ERROR"], tmp_path, 1) == (0, "")
+    assert (tmp_path / "reports" / "mill.html").exists()
+    for words in (["presets"], ["--help"], ["run", "--help"]):
+        assert head([*HNB, *words], tmp_path, 0) == (0, ""), words
+    careless = [sys.executable, "-c", "for i in range(9): print(i, flush=True); __import__('time').sleep(0.1)"]
+    assert head(careless, tmp_path, 1)[0] == 1, "a program that does not care ends in a traceback"
+
+
+def test_a_kill_leaves_nothing_that_stays(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    env, long = os.environ | {"TMPDIR": str(tmp_path / "tmp")}, tiny(tmp_path / "pipelines" / "long.ipynb", TRAIN, SHOW)
+    process = start([*HNB, "run", long], tmp_path, env=env)
+    while "step 3" not in (line := process.stdout.readline()):
+        assert line or process.poll() is None
+    process.kill()
+    process.communicate()
+    left = [p.name for folder in ("tmp", "reports") for p in (tmp_path / folder).iterdir()]
+    assert sorted(name[:4] for name in left) == [".tmp", "hnb-"], left
+    time.sleep(1.1)
+    path = tiny(tmp_path / "pipelines" / "train.ipynb")
+    code, out, err = end(start([*HNB, "run", path, "--output", "reports/mine.ipynb"], tmp_path, env=env))
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "reports").iterdir()) == ["index.html", "mine.html", "mine.ipynb"]
+    assert list((tmp_path / "tmp").glob("hnb-*")) == []
+
+
+HOLD = """import time
+from pathlib import Path
+from hybrid_nb.runs import locked
+Path('run').mkdir(exist_ok=True)
+with locked(Path('run')):
+    while len(list(Path('reports').glob('*.FAILED.ipynb'))) < int(Path('waits').read_text()):
+        time.sleep(0.05)"""
+
+
+def test_two_equal_commands_at_once_leave_one_report(tmp_path):
+    (tmp_path / "waits").write_text("1")  # the one that holds the run waits until the other has failed
+    tiny(tmp_path / "pipelines" / "train.ipynb", HOLD, SHOW)
+    ended = sorted(end(process) for process in [start([*PAPERMILL, "pipelines/train.ipynb"], tmp_path) for _ in range(2)])
+    assert [code for code, *_ in ended] == [0, 64] and "is in use by process" in ended[1][2], ended
+    kinds = sorted(p.suffix for p in (tmp_path / "reports").iterdir())
+    assert kinds == [".html", ".html", ".ipynb"], list((tmp_path / "reports").iterdir())
 
 
 def test_a_report_that_another_process_makes(tmp_path):
