@@ -40,10 +40,10 @@ from .evaluate import Loss, evaluate, perplexity, text_positions
 from .ffn import SwiGLUFeedForward
 from .freeze import Finding, findings_table, judge_all, judge_pairs, judge_region, notes_table
 from .moe import MixtureOfExperts, shared_only
+from .rates import fast_float32
 from .report import BLUE, GREY, RED, Picture, Table, as_results, check_bundle
 from .runs import BAD_DATA, NUMERIC, RunError, in_checkout, io_errors, load_run, tensor_hash, write_json
 from .study import Arm, Study, t_interval
-from .train import fast_float32
 
 # %% ../nbs/31_dense.ipynb #2d298085
 def dense_shape(

@@ -44,14 +44,14 @@ from hybrid_nb.projector import (
 from .report import Picture, Table, as_results, check_bundle, overall
 from .runs import BAD_DATA, RunError, write_json
 from .study import Comparison, Study
-from .teacher import KVStore, Reader, Rows, Tap, Teacher, extract, load_teacher, projections, window_rows
+from .teacher import KVStore, Reader, Rows, Tap, Teacher, extract, load_teacher, own_places, window_rows
 from .train import Objective, World
 
 # %% ../nbs/23_distill.ipynb #3f7dbfc7
 def student_shape(model: nn.Module) -> dict[str, int]:
     "Layers and KV width of a student, whose keys and values must be within reach of hooks."
     shape = read_teacher(model.config)
-    if not projections(model, "k"):
+    if not own_places(model):
         raise ConfigError(f"student {type(model).__name__} has no k_proj and v_proj: its keys and values cannot be compared")
     return shape
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .data import encode_prompt
 from .runs import BAD_DATA, RunError
 
 # %% ../nbs/14_evaluate.ipynb #15b82352
@@ -102,7 +103,7 @@ def evaluate(
 def sample_text(
     model: nn.Module,
     tokenizer,  # a tokenizers.Tokenizer
-    prompt: str = "",
+    prompt: str | list[int] = "",  # text, encoded as a document is, in which <|endoftext|> is the end token; or tokens
     tokens: int = 64,  # new tokens at most; fewer where the text ends or the model's positions do
     temperature: float = 0.8,  # 0: always the likeliest word
     top_k: int = 50,  # draw among this many words; 0: among all
@@ -112,7 +113,7 @@ def sample_text(
     if temperature < 0:
         raise ValueError(f"temperature={temperature} must not be negative")
     device, was_training, end = next(model.parameters()).device, model.training, model.config.eos_token_id
-    ids = tokenizer.encode(prompt).ids or [end or 0]
+    ids = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)) or [end or 0]
     room = model.config.max_seq_len - len(ids)
     if room < 1:
         raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in the model's positions, max_seq_len={model.config.max_seq_len}")

@@ -132,7 +132,7 @@ def steps_per_hour(run: Run | StoredRun) -> float | None:
     "The median rate of a run's updates."
     t, train = run.config.train, run.records("train")
     rates = [r["tokens_per_s"] for r in train[1:] or train if r.get("tokens_per_s")]
-    tokens = t.batch_size * t.grad_accum * t.seq_len * run.info.get("world_size", 1)
+    tokens = run.info.get("global_batch", t.batch_size * t.grad_accum * run.info.get("world_size", 1)) * t.seq_len
     return 3600 * float(np.median(rates)) / tokens if rates else None
 
 def first_below(

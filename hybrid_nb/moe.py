@@ -177,6 +177,7 @@ class MixtureOfExperts(nn.Module):
         self,
         x_BTD: Tensor,
         keep_BT: Tensor | None = None,  # False where padded; padding counts in no statistics
+        rows: Tensor | None = None,  # (texts, longest): which of the B * T tokens each text has, -1 beyond; None: each row is one text
     ) -> tuple[Tensor, Tensor | None]:  # (B, T, D), and `routing_statistics`; None where nothing is routed
         if self.shared_only:
             return self.shared(x_BTD), None
@@ -184,6 +185,8 @@ class MixtureOfExperts(nn.Module):
         y_BTD = self.experts(x_BTD.flatten(0, 1), w_NK, expert_NK).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
+        if rows is not None:
+            return y_BTD, routing_statistics(p_NE[rows], expert_NK[rows], rows >= 0)
         B, T = x_BTD.shape[:2]
         return y_BTD, routing_statistics(p_NE.unflatten(0, (B, T)), expert_NK.unflatten(0, (B, T)), keep_BT)
 

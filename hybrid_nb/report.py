@@ -7,8 +7,9 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
            'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
-           'alarms', 'alarm_table', 'tolerance', 'divergence', 'verdict', 'because_table', 'verdict_table', 'bundle',
-           'StoredRun', 'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'LiveReport']
+           'alarms', 'alarm_table', 'tolerance', 'divergence', 'too_little', 'verdict', 'because_table',
+           'verdict_table', 'bundle', 'StoredRun', 'check_bundle', 'overall', 'as_results', 'recompute', 'results',
+           'LiveReport']
 
 # %% ../nbs/17_report.ipynb #84222563
 import html
@@ -45,35 +46,47 @@ from hybrid_nb.account import (
     total_memory,
 )
 from .config import Config, ConfigError, asdict, from_dict
+from .data import LEAST_DOCUMENTS, LEAST_TOKENS
 from .evaluate import MOST_NATS, perplexity
 from .runs import check_name, in_checkout, load_run, run_name
 from .train import ProgressLines, highest_lr, lr_at
 
 # %% ../nbs/17_report.ipynb #2f6f1f25
+def _missing(value: Any) -> bool:
+    return value is None or pd.api.types.is_scalar(value) and pd.isna(value)
+
 def _text(value: Any, pattern: str | None) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _missing(value):
         return ""
-    if isinstance(value, bool):
+    if pd.api.types.is_bool(value):
         return "yes" if value else "no"
+    if pd.api.types.is_integer(value) and pattern:
+        pattern = pattern.replace(".0f", "d")  # which keeps every digit
     text = pattern.format(value) if pattern else str(value)
     return "".join(c if c.isprintable() else " " for c in text)
+
+def _is_number(values: Iterable[Any]) -> bool:
+    "True where the values that are there are numbers."
+    there = [v for v in values if not _missing(v)]
+    return bool(there) and all(pd.api.types.is_number(v) and not pd.api.types.is_bool(v) for v in there)
 
 def _row(tag: str, cells: list[str], sides: list[str]) -> str:
     inner = (f'<{tag} style="text-align:{s}">{html.escape(c)}</{tag}>' for c, s in zip(cells, sides, strict=True))
     return f"<tr>{''.join(inner)}</tr>\n"
 
 class Table:
-    "A DataFrame with an HTML and a plain-text form."
+    "A DataFrame with an HTML and a plain-text form; each value of a list of rows is kept as it is."
 
     def __init__(
         self,
         rows: pd.DataFrame | list[dict],
         formats: dict[str, str] | None = None,  # column: format, as in '{:,}'
     ):
-        self.frame, formats = pd.DataFrame(rows), formats or {}
+        self.frame, formats = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object), formats or {}
         self.columns = [str(c) for c in self.frame.columns]
-        self.sides = ["right" if c in formats or self.frame[c].dtype.kind in "if" else "left" for c in self.columns]
-        rows = self.frame.astype(object).itertuples(index=False, name=None)
+        rows = list(self.frame.astype(object).itertuples(index=False, name=None))
+        values = zip(*rows, strict=True) if rows else [()] * len(self.columns)
+        self.sides = ["right" if c in formats or _is_number(v) else "left" for c, v in zip(self.columns, values, strict=True)]
         self.cells = [[_text(v, formats.get(c)) for c, v in zip(self.columns, row, strict=True)] for row in rows]
 
     def __repr__(self) -> str:
@@ -106,7 +119,7 @@ def parameter_table(config: Config) -> Table:
         layers = len({r.layer for r in members} - {None}) or None
         rows.append({"module": module, "shape": shape, "layers": layers, "trainable": trainable, "frozen": frozen,
                      "share": (trainable + frozen) / count_params(config).total})
-    return Table(rows, {"layers": "{:.0f}", "trainable": "{:,}", "frozen": "{:,}", "share": "{:.1%}"})
+    return Table(rows, {"layers": "{}", "trainable": "{:,}", "frozen": "{:,}", "share": "{:.1%}"})
 
 # %% ../nbs/17_report.ipynb #25cad08b
 def plan_table(plan: RunPlan) -> Table:
@@ -503,17 +516,28 @@ def _failures(run, found: dict) -> list[str]:
 def _open_questions(found: dict) -> list[str]:
     "What keeps a run from deciding anything."
     opens = [f"a trial of {found['steps']:,} steps decides nothing of the whole schedule"] if found["trial"] else []
-    if found["status"] in ("stopped", "running"):
+    if found["status"] in ("stopped", "running", "interrupted"):
         opens.append(f"the run is {found['status']} at step {found['steps_done']:,} of {found['steps']:,}")
     missing = [n for n in ("val_loss", "unigram_nats") if found[n] is None]
     return opens + [f"{name} is unknown" for name in missing]
+
+# %% ../nbs/17_report.ipynb #ac801306
+def too_little(run) -> list[str]:  # one sentence, or none
+    "What the last evaluation lacks to decide anything, and how to get it."
+    data, t, evals = run.info["data"], run.config.train, run.records("eval")
+    tokens, documents = evals[-1].get("tokens") if evals else None, data.get("valid_documents")
+    found = [f"{count:,} {what}{'s' * (count != 1)}" for count, least, what in ((tokens, LEAST_TOKENS, "token"),
+             (documents, LEAST_DOCUMENTS, "document")) if count is not None and count < least]
+    part = t.eval_batches and t.eval_batches * t.batch_size * t.seq_len < (data.get("valid_tokens") or 0)
+    more = "train.eval_batches higher (0: all that is held out)" if part else "data.valid_fraction higher, or give more text for validation"
+    return [f"a validation on {' of '.join(found)} decides nothing: set {more}"] if found else []
 
 # %% ../nbs/17_report.ipynb #06a73200
 def verdict(run) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
     "Whether the model has learned, by the threshold that was fixed before."
     found = headline(run)
     val, unigram, floor, gap = (found[n] for n in ("val_loss", "unigram_nats", "floor_nats", "gap_nats"))
-    fails, opens, says = _failures(run, found), _open_questions(found), []
+    fails, opens, says = _failures(run, found), _open_questions(found) + too_little(run), []
     if val is not None and unigram is not None:
         says.append(f"validation loss {val:.4f} (PPL {found['val_ppl']:.4g}), unigram entropy {unigram:.4f} nats")
     if gap is not None:

@@ -17,7 +17,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict as dataclass_dict
@@ -40,7 +39,7 @@ from .evaluate import perplexity, ppl_change
 from .pipeline import read_result
 from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle, divergence, overall
 from .report import bundle as run_bundle
-from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, claim_folder, in_checkout, load_run
+from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, claim_folder, in_checkout, load_run, temporary_folder
 from .train import progress_line, stop_requests, train
 
 # %% ../nbs/20_study.ipynb #1306d98d
@@ -865,7 +864,7 @@ def _side_by_side(
     launch = _launch if jobs is None else job_launcher(jobs, Path(os.path.abspath(cache.parent)) / "jobs")
     if jobs is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".study-", dir=None if jobs is None else cache.parent) as scratch, stop_requests() as asked:
+    with temporary_folder(None if jobs is None else cache.parent) as scratch, stop_requests() as asked:
         try:
             while running or (waiting and not asked()):
                 free = [] if asked() else [slot for slot in range(workers) if slot not in running]
