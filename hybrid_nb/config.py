@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'QK_STATES', 'Projection', 'OutputProjection', 'MODEL_NAMES', 'FIELD_NAMES', 'PRESETS', 'YAML_BYTES',
-           'YAML_DEPTH', 'YAML_VALUES', 'ConfigError', 'brief', 'closest', 'names_of', 'agree', 'understood',
-           'ModelConfig', 'HybridConfig', 'TrainConfig', 'DataConfig', 'DistillConfig', 'FinetuneConfig', 'Config',
-           'asdict', 'config_hash', 'cast_number', 'is_nothing', 'cast', 'resolve', 'changed', 'override', 'written',
-           'get_config', 'shipped', 'find_file', 'read_yaml', 'read_yaml_file', 'to_yaml', 'from_dict', 'load_config']
+           'YAML_DEPTH', 'YAML_VALUES', 'ConfigError', 'brief', 'closest', 'names_of', 'agree', 'near_name',
+           'understood', 'ModelConfig', 'HybridConfig', 'TrainConfig', 'DataConfig', 'DistillConfig', 'FinetuneConfig',
+           'Config', 'asdict', 'config_hash', 'cast_number', 'is_nothing', 'cast', 'resolve', 'changed', 'override',
+           'written', 'get_config', 'shipped', 'find_file', 'read_yaml', 'read_yaml_file', 'to_yaml', 'from_dict',
+           'load_config']
 
 # %% ../nbs/01_config.ipynb #bbf8ce1b
 import dataclasses
@@ -168,6 +169,14 @@ def agree(
     found[name] = value
 
 # %% ../nbs/01_config.ipynb #ad65fc16
+def near_name(
+    key: Any,  # that a record lacks
+    names: Collection[str] = (),  # of its fields
+    likeness: float = 0.6,
+) -> str:
+    "The tail of a refusal: what another kind of model has, or the nearest name."
+    return ": it is of another kind of model" if key in MODEL_NAMES else closest(key, names_of(names) | MODEL_NAMES, likeness)
+
 def understood(
     values: dict[str, Any],  # by any name
     names: Collection[str],  # of the fields
@@ -178,7 +187,7 @@ def understood(
     for key, value in values.items():
         for name, v in _own_names(key, value, names).items():
             if name not in names:
-                raise ConfigError(f"{what} has no {brief(key)}{closest(key, names_of(names) | MODEL_NAMES)}")
+                raise ConfigError(f"{what} has no {brief(key)}{near_name(key, names)}")
             agree(found, name, v, f"{key}={brief(value)}")
     return found
 

@@ -49,6 +49,7 @@ from hybrid_nb.config import (
     changed,
     closest,
     names_of,
+    near_name,
     understood,
 )
 from .moe import Experts, Router, balance_loss, feed_forward
@@ -83,7 +84,7 @@ def check_foreign(
 ):
     "Refuses names that would be without effect, or warns of them where a file may have them for a reason of its own."
     for name in sorted(n for n in names - foreign_names() if not n.startswith("_")):
-        near = closest(name, MODEL_NAMES, likeness=0.6 if version is None else 0.8)  # a file's note of a tool is no slip of a pen
+        near = near_name(name, likeness=0.6 if version is None else 0.8)  # a file's note of a tool is no slip of a pen
         if version is None or near and not is_newer(version):
             raise ConfigError(f"{what} has no {brief(name)}{near}")
         warnings.warn(f"{what} has no {brief(name)}{near}; it is kept, without effect; the file is of transformers {version}", stacklevel=4)
