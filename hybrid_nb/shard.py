@@ -63,6 +63,7 @@ from hybrid_nb.runs import (
     last_words,
     latest_checkpoint,
     load_run,
+    replace_file,
     save_checkpoint,
     temporary_folder,
 )
@@ -400,7 +401,7 @@ def move(
         append_record(folder, **record)
     forget_after(folder, found.step)
     save_checkpoint(folder, found.step, found.groups, found.state | {"config_hash": config_hash(config)})
-    (folder / "config.yaml").write_text(to_yaml(config))
+    replace_file(folder / "config.yaml", to_yaml(config).encode())
     return config
 
 # %% ../nbs/27_shard.ipynb #4c62b281

@@ -1000,8 +1000,9 @@ def leave(
     "End this process, and with it the others where they came to the same end."
     if dist.is_initialized():
         if together:
-            dist.barrier()
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # another one has left already
+                dist.barrier()
+                dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -1036,10 +1037,13 @@ class ProgressLines:
     def tell(self, run: Run):
         "Prints what is new in a run."
         records, steps = [r for r in run.records() if r["kind"] in ("train", "eval") or r.get("event") == "note"], run.config.train.steps
-        for i in range(self.seen, len(records)):
-            percent, before = (records[j]["step"] * 100 // steps for j in (i, max(i - 1, 0)))
-            if i < 10 or percent > before or records[i]["kind"] != "train":
-                print(progress_line(records[i], steps), flush=True)
+        try:
+            for i in range(self.seen, len(records)):
+                percent, before = (records[j]["step"] * 100 // steps for j in (i, max(i - 1, 0)))
+                if i < 10 or percent > before or records[i]["kind"] != "train":
+                    print(progress_line(records[i], steps), flush=True)
+        except BrokenPipeError:  # the reader of a pipe has gone; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.seen = len(records)
 
 def main(argv: list[str] | None = None):

@@ -26,6 +26,7 @@ from hybrid_nb import runs, train
 from hybrid_nb.config import Config, to_yaml
 from hybrid_nb.data import batch_hash, prepare
 from hybrid_nb.decoder import make_decoder
+from hybrid_nb.pipeline import sample_run
 from hybrid_nb.runs import Run, RunError, checkpoints, latest_checkpoint, load_run, read_checkpoint, tensor_hash
 
 BASE = tiny()
@@ -866,6 +867,34 @@ def test_a_killed_worker_is_one_line(tmp_path, command):
     one_line(process, "a process that prepares batches ended; the same command continues")
     assert load_run(tmp_path / "r").info["status"] == "interrupted"
     assert start(command(config)).wait() == 0
+
+
+def test_a_reader_that_goes_ends_no_run(tmp_path, command):
+    "As with `| head -1`."
+    process = real_process(command(SHORT))
+    assert process.stdout.readline().startswith("step ")
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert load_run(tmp_path / "r").info["status"] == "done"
+
+
+def test_hnb_too_keeps_the_traceback_of_an_unforeseen_error(tmp_path):
+    code = "from hybrid_nb import pipeline; pipeline.app = lambda *a, **k: {}['hf_FakeFakeFake']; pipeline.main()"
+    env = ENV | {"HF_TOKEN": "hf_FakeFakeFake", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
+    (log,) = tmp_path.glob("error-*.log")
+    assert (done.returncode, done.stderr) == (1, f"hnb: KeyError: '[redacted]' (unforeseen; the traceback is in {log})\n")
+    assert log.read_text().startswith("Traceback") and "hf_FakeFakeFake" not in log.read_text()
+
+
+def test_a_sample_comes_from_a_checkpoint_of_this_model(short):
+    folder = short()
+    groups = read_checkpoint(folder / "checkpoints/step-5").groups
+    groups["model"]["model.norm.weight"] = groups["model"]["model.norm.weight"][:1]  # which copying would spread over all channels
+    rehash(folder / "checkpoints/step-5", groups=groups)
+    told = sample_run(folder, prompt="a", tokens=5)
+    shutil.rmtree(folder / "checkpoints/step-5")
+    assert sample_run(folder, prompt="a", tokens=5) == told
 
 
 def test_a_misspelt_option_is_one_line(command):
