@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GIB', 'LOSS_ROWS', 'QUERY_BLOCK', 'BLOCKS_UP_TO', 'SCAN_CHUNK', 'GPUS', 'ASSUMED_MFU', 'PROMISE', 'LONGEST',
            'WATCHED', 'TRIAL_FLOPS', 'TRIAL_SECONDS', 'ParamRow', 'param_rows', 'Params', 'count_params',
-           'estimate_params', 'active_params', 'Flops', 'flops_per_token', 'document_memory', 'memory', 'total_memory',
-           'Gpu', 'run_tokens', 'mfu', 'run_seconds', 'plan_rows', 'shorten', 'run_flops', 'trial_flops',
-           'trial_config', 'duration_text', 'describe_trial', 'parse_overrides', 'RunPlan', 'default_device',
-           'plan_run']
+           'estimate_params', 'active_params', 'Flops', 'counts_first', 'flops_per_token', 'document_memory', 'memory',
+           'total_memory', 'Gpu', 'run_tokens', 'mfu', 'run_seconds', 'plan_rows', 'shorten', 'run_flops',
+           'trial_flops', 'trial_config', 'duration_text', 'describe_trial', 'parse_overrides', 'RunPlan',
+           'default_device', 'plan_run']
 
 # %% ../nbs/12_account.ipynb #4709b363
 import functools
@@ -179,7 +179,7 @@ class Flops(NamedTuple):
     "Floating-point operations of matrix products for one token."
     forward: int
     backward: int
-    recompute: int = 0  # forward again, by gradient checkpointing
+    recompute: int = 0  # forward again: by gradient checkpointing, and to count the experts' choices in a whole batch
 
     @property
     def total(self) -> int:
@@ -206,6 +206,12 @@ def _scored_keys(config: Config) -> int:
     windows = [min(m.window_at(i), T) for i in range(m.n_layer)]
     return sum(m.global_heads * every + (m.n_head - m.global_heads) * (w * T - w * (w - 1) // 2) for w in windows)
 
+def counts_first(config: Config, processes: int = 1) -> bool:
+    "Whether a step begins with a pass that only counts how often each expert is chosen in its whole batch."
+    m = config.model
+    apart = isinstance(m, ModelConfig) and m.n_routed_experts > 0 and not m.seq_aux and m.aux_loss_alpha > 0
+    return apart and config.train.grad_accum * processes > 1
+
 def flops_per_token(config: Config) -> Flops:
     "FLOPs a token of a training step at the configuration's sequence length."
     m, T = config.model, config.train.seq_len
@@ -213,7 +219,8 @@ def flops_per_token(config: Config) -> Flops:
     blocks = sum(2 * n for _, n in _matmul_rows(config)) + scores
     frozen = sum(2 * n for r, n in _matmul_rows(config) if r.frozen)
     head = 2 * m.vocab_size * m.d_model
-    return Flops(blocks + head, 2 * (blocks + head) - frozen, blocks if config.train.gradient_checkpointing else 0)
+    again = config.train.gradient_checkpointing + counts_first(config)
+    return Flops(blocks + head, 2 * (blocks + head) - frozen, again * blocks)
 
 # %% ../nbs/12_account.ipynb #6141c524
 GIB = 2**30

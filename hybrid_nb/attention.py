@@ -505,8 +505,10 @@ class LocalGlobalAttention(nn.Module):
             if q[:, heads].shape[1]:
                 out.append(self._attend(name, q[:, heads], k[:, groups], v[:, groups], keep_BS, past, implementation, text_BS, seen))
         if maps is not None:
-            longest = max(m.shape[-1] for m in seen)
-            maps.append(torch.cat([F.pad(m, (longest - m.shape[-1], 0)) for m in seen], dim=1))
+            longest = max(p.shape[-1] for p, _ in seen)
+            maps.append(torch.cat([F.pad(p, (longest - p.shape[-1], 0)) for p, _ in seen], dim=1))
+            parts = zip(maps[-1].split([p.shape[1] for p, _ in seen], dim=1), seen, strict=True)  # of the map, which so has a gradient
+            out = [part[..., -p.shape[-1] :] @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1) for part, (p, v) in parts]
         return self.o_proj(torch.cat(out, dim=1).transpose(1, 2).reshape(B, T, -1))
 
     def _attend(self, name, q, k, v, keep_BS, past, implementation, text_BS, maps) -> Tensor:  # (B, heads of one sort, T, K)
@@ -528,4 +530,8 @@ class LocalGlobalAttention(nn.Module):
             mask = window_mask(T, S, self.window if name == "local" else S, q.device)
             mask = mask if keep_BS is None else mask & keep_BS[:, None, None]
             mask = mask if text_BS is None else mask & text_mask(text_BS, T)
-        return attend(q, k, v, mask, dropout, implementation, maps)
+        probs = None if maps is None else []
+        out = attend(q, k, v, mask, dropout, implementation, probs)
+        if maps is not None:
+            maps.append((*probs, v))
+        return out

@@ -240,7 +240,7 @@ class ModelConfig:
     moe_layers: int | None = _later(None)  # how many layers have experts, the last ones; None: all
     norm_topk_prob: bool = _later(True)  # the chosen experts' weights sum to 1
     aux_loss_alpha: float = _later(0.1)  # weight of the load-balancing loss
-    seq_aux: bool = _later(True)  # balance is measured in each sequence, not in the batch
+    seq_aux: bool = _later(True)  # balance is measured in each sequence; False: in the whole batch, whose parts are then passed twice
 
     def __post_init__(self):
         _check_types(self)

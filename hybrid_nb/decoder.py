@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['foreign_names', 'is_newer', 'check_foreign', 'attribute_names', 'DecoderConfig', 'make_norm', 'DecoderBlock',
-           'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'Texts', 'next_tokens', 'count_targets',
-           'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel', 'linear_cross_entropy', 'DecoderOutput',
-           'DecoderForCausalLM', 'make_decoder', 'learned_state', 'to_llama', 'checkpoint_activations']
+           'settle_tying', 'DecoderPreTrainedModel', 'token_positions', 'text_starts', 'check_holes', 'Texts',
+           'next_tokens', 'count_targets', 'DecoderModelOutput', 'causal_mask', 'wants_maps', 'DecoderModel',
+           'linear_cross_entropy', 'head_loss', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state',
+           'to_llama', 'checkpoint_activations']
 
 # %% ../nbs/09_decoder.ipynb #7dbd8b7b
 import re
@@ -194,6 +195,13 @@ class DecoderBlock(GradientCheckpointingLayer):
         return h_BTD + drop(y_BTD), routing
 
 # %% ../nbs/09_decoder.ipynb #5cb1e7f6
+def settle_tying(model: PreTrainedModel) -> PreTrainedModel:
+    "A model whose configuration says what its weights do: where head and embedding differ, they are not tied."
+    head, table = (part.weight for part in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if model.config.tie_word_embeddings and head is not table and not torch.equal(head, table):
+        model.config.tie_word_embeddings = False
+    return model
+
 class DecoderPreTrainedModel(PreTrainedModel):
     "What transformers needs to know of the decoder: configuration, initial weights, abilities."
     config_class = DecoderConfig
@@ -230,6 +238,17 @@ class DecoderPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        "As transformers has it; a configuration that calls weights tied which differ is corrected."
+        found = super().from_pretrained(*args, **kwargs)
+        settle_tying(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def save_pretrained(self, *args, **kwargs):
+        "As transformers has it, with a configuration that says whether the weights are tied."
+        super(DecoderPreTrainedModel, settle_tying(self)).save_pretrained(*args, **kwargs)
 
 # %% ../nbs/09_decoder.ipynb #c016c7b9
 def _last_position(before_BP: Tensor, keep_BP: Tensor | None) -> Tensor:  # (B or 1, 1)
@@ -284,6 +303,15 @@ def text_starts(
     position_BS = position_BS.expand(len(keep_BS), -1)
     step = position_BS - position_BS.gather(1, real.clamp(min=0))
     return keep_BS & ~((real >= 0) & ((step == 1) | (step == index - real)))
+
+def check_holes(
+    keep_BS: Tensor | None,  # bool: False where padded
+    first_BS: Tensor,  # as `text_starts` gives it
+):
+    "Refuse padding inside a text, for models in which a token hands something to the next."
+    if keep_BS is not None and not torch.compiler.is_compiling() and (keep_BS[:, 1:] & ~keep_BS[:, :-1] & ~first_BS[:, 1:]).any():
+        raise ValueError("padding after real tokens of the same text: a scan and shifted keys cannot pass over it; "
+                         "pad before a text or behind it")
 
 class Texts(NamedTuple):
     "The texts in the rows of a batch."
@@ -357,7 +385,7 @@ def count_targets(
 class DecoderModelOutput(BaseModelOutputWithPast):
     "Hidden states with what the routers did."
     routing: Tensor | None = None  # (L, 2, B or texts, E), as `routing_statistics` gives them, of the layers with experts
-    texts: Texts | None = None  # None: each row is one text, without padding
+    texts: Texts | None = None  # for the model's head; None: not asked for, or each row is one text, without padding
 
 def causal_mask(
     config: PreTrainedConfig,
@@ -418,7 +446,10 @@ class DecoderModel(DecoderPreTrainedModel):
         position_ids = token_positions(T, config.max_seq_len, h_BTD.device, keep_BS, past, position_ids, before)
         if prepared or not (count or past_key_values is not None or keep_BS is not None or config.qk_shift):
             return position_ids, None
-        return position_ids, Texts.of(position_ids, B, keep_BS, past, before, count)
+        texts = Texts.of(position_ids, B, keep_BS, past, before, count)
+        if config.qk_shift:
+            check_holes(keep_BS, texts.first_BS)
+        return position_ids, texts
 
     @can_return_tuple
     def forward(
@@ -431,6 +462,7 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache: bool | None = None,  # None: in evaluation mode, as the configuration says
         output_hidden_states: bool | None = None,  # None: as the configuration says
         output_attentions: bool | None = None,
+        return_texts: bool = False,  # to a head, which needs them for its loss
         **kwargs,
     ) -> DecoderModelOutput:
         config = self.config
@@ -471,7 +503,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return DecoderModelOutput(last_hidden_state=h_BTD, past_key_values=past_key_values,
                                   hidden_states=tuple(states) if output_hidden_states else None,
                                   attentions=None if maps is None else tuple(maps),
-                                  routing=torch.stack(routing) if routing else None, texts=texts)
+                                  routing=torch.stack(routing) if routing else None, texts=texts if return_texts else None)
 
 # %% ../nbs/09_decoder.ipynb #5c8fcebf
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -517,6 +549,17 @@ def linear_cross_entropy(
     "The summed cross-entropy of a linear head, without ever holding all its logits."
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, chunk)
 
+def head_loss(
+    head: nn.Module,
+    hidden: Tensor,  # (..., D)
+    targets: Tensor,  # (...) word ids; -100: do not count
+) -> Tensor:  # scalar, float32 at least, nats, summed
+    "The summed cross-entropy of a head; what stands beside a linear map, as an adapter does, is heard only where the head is called."
+    if isinstance(head, nn.Linear):
+        return linear_cross_entropy(hidden, head.weight, targets)
+    logits = head(hidden).flatten(0, -2)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction="sum")
+
 # %% ../nbs/09_decoder.ipynb #4d1047ae
 @dataclass
 class DecoderOutput(CausalLMOutputWithPast):
@@ -549,10 +592,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,  # None: as the configuration says
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,  # 0: all positions
-        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
+        **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels;
+        # expert_load (L, E): of the whole batch, where these sequences are a part of it
     ) -> DecoderOutput:  # in training with labels, logits are None: the loss never holds them
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                         output_hidden_states, output_attentions, return_dict=True)
+                         output_hidden_states, output_attentions, return_texts=True, return_dict=True)
         h_BTD, loss, token_loss, logits, shift_labels = out.last_hidden_state, None, None, None, kwargs.get("shift_labels")
         routing = out.routing
         if labels is not None:
@@ -560,9 +604,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             count_B = count_targets(shift_labels, out.texts)
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = linear_cross_entropy(h_BTD, self.lm_head.weight, shift_labels) / count
+            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training and routing is not None:
-                loss, token_loss = token_loss + balance_loss(routing, count_B / count, self.config), token_loss.detach()
+                loss = token_loss + balance_loss(routing, count_B / count, self.config, kwargs.get("expert_load"))
+                token_loss = token_loss.detach()
         if not (self.training and loss is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])
@@ -606,7 +651,7 @@ def learned_state(model: nn.Module) -> dict[str, Tensor]:
 # %% ../nbs/09_decoder.ipynb #c500aa50
 def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
     "The same function as a `LlamaForCausalLM`; frozen, shared and corrected projections are written out, an absent o is the identity."
-    c = model.config.shape
+    c = settle_tying(model).config.shape
     need = {"ffn": "swiglu", "norm": "rmsnorm", "position": "rope", "qk_norm": False, "qk_shift": False, "n_routed_experts": 0}
     for name, value in need.items():
         if getattr(c, name) != value:

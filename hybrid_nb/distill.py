@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from . import study as studies
 from .config import Config, ConfigError, DistillConfig, TrainConfig
 from .data import TokenData, load_tokenizer, prepare, publish, step_windows
-from .evaluate import perplexity, ppl_change
+from .evaluate import mean_loss, perplexity, ppl_change
 from hybrid_nb.projector import (
     KV,
     KVDimensionProjector,
@@ -69,6 +69,11 @@ def check_student(
 # %% ../nbs/23_distill.ipynb #aa073afb
 Lesson = Callable[[Tensor, tuple[int, int]], tuple[KV, Tensor | None]]  # inputs (B, T), step and micro-batch: KV and mask (B, T)
 
+def _add_shares(module: nn.Module, state: dict[str, Tensor], prefix: str, *_):
+    "In states saved before positions were counted, every micro-batch counts in full."
+    if f"{prefix}total" in state and f"{prefix}shares" not in state:
+        state[f"{prefix}shares"] = state[f"{prefix}total"][1].expand(len(module.lessons)).clone()
+
 class Distillation(Objective):
     "Next-token prediction, and keys and values near those of teachers."
     name = "projector"
@@ -93,6 +98,8 @@ class Distillation(Objective):
         self.fixed = None if given is None else dict(zip(names, given, strict=True))
         self.register_buffer("sums", torch.zeros(len(names), n, 2, 3, dtype=torch.float64))
         self.register_buffer("total", torch.zeros(2, dtype=torch.float64))  # of the losses, and how many
+        self.register_buffer("shares", torch.zeros(len(names), dtype=torch.float64))  # of the positions that count, in micro-batches
+        self.register_load_state_dict_pre_hook(_add_shares)
 
     def forward(self, model, inputs, targets, count, place):
         with self.tap.listen():
@@ -104,8 +111,9 @@ class Distillation(Objective):
         aligned = self.projector.project_multi_teacher_kv({name: kv for name, (kv, _) in told.items()})
         weights = self.teacher_weights() if self.teacher_weights is not None else self.fixed
         loss, parts = compute_kv_loss(self.tap.take(), aligned, mask=every, weights=weights, mse=self.config.mse,
-                                      cosine=self.config.cosine, return_parts=True)
-        self.sums += parts.values
+                                      cosine=self.config.cosine, whole=True, return_parts=True)
+        self.sums += parts.values.double() * parts.shares.double()[:, None, None, None]
+        self.shares += parts.shares
         self.total += torch.stack([loss.detach().double(), torch.ones_like(self.total[0])])
         out["token_loss"] = out.get("token_loss", out.loss).detach()
         out["loss"] = out.loss + self.config.kv_weight / self.grad_accum * loss
@@ -113,13 +121,15 @@ class Distillation(Objective):
 
     def means(self, world: World) -> dict[str, Any]:  # teacher/layer/k or v: squared error, 1 - cosine, power of the target
         "The parts of the loss of keys and values, over the micro-batches since the last call."
-        *sums, total, n = world.sum(*self.sums.flatten().tolist(), *self.total.tolist())
-        values = (torch.tensor(sums, dtype=torch.float64) / max(n, 1)).view_as(self.sums).tolist()
+        parts = [self.sums, self.shares, self.total]
+        flat = torch.tensor(world.sum(*torch.cat([t.flatten() for t in parts]).tolist()), dtype=torch.float64)
+        sums, shares, (total, n) = flat.split([t.numel() for t in parts])
+        values = (sums.view(self.sums.shape) / shares.clamp(min=1e-300)[:, None, None, None]).tolist()
         found = {f"{name}/{layer}/{of}": x for name, layers in zip(self.lessons, values, strict=True)
                  for layer, pair in enumerate(layers) for of, x in zip("kv", pair, strict=True)}
-        self.sums.zero_()
-        self.total.zero_()
-        return found | {"kv": total / max(n, 1)} | {f"weight {name}": w for name, w in self.learned_weights().items()}
+        for t in parts:
+            t.zero_()
+        return found | {"kv": float(total / n.clamp(min=1))} | {f"weight {name}": w for name, w in self.learned_weights().items()}
 
     @torch.no_grad()
     def learned_weights(self) -> dict[str, float]:
@@ -296,7 +306,7 @@ def teacher_loss(
         logits = teacher.model(inputs.to(device), use_cache=False).logits.float()
         total += float(F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum"))
         count += int((targets != -100).sum())
-    return total / count
+    return mean_loss(total, count)
 
 def untrained(
     source: str | Path,  # a teacher

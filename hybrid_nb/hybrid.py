@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT_TOTALS', 'HybridLanguageModelConfig', 'drop_branch', 'BranchGate', 'gate_statistics', 'gate_loss',
-           'Alignment', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridLanguageModel', 'make_model',
-           'count_parts', 'document_totals', 'document_claims']
+           'Alignment', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridTrunk', 'HybridLanguageModel',
+           'make_model', 'count_parts', 'document_totals', 'document_claims']
 
 # %% ../nbs/10_hybrid.ipynb #a41079f6
 import math
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention import LocalGlobalAttention, PositionsKept, keep_positions, kept_positions
@@ -27,8 +27,9 @@ from hybrid_nb.decoder import (
     DecoderPreTrainedModel,
     Texts,
     attribute_names,
+    check_holes,
     count_targets,
-    linear_cross_entropy,
+    head_loss,
     make_decoder,
     next_tokens,
     token_positions,
@@ -216,11 +217,6 @@ def _real_tokens(attention_mask: Tensor | None, past: int, T: int) -> Tensor | N
     keep_BS = attention_mask.bool()
     return keep_BS if torch.compiler.is_compiling() or not keep_BS.all() else None
 
-def _check_holes(keep_BS: Tensor, first_BS: Tensor):
-    "Refuse padding inside a text, over which the scan's state has gone on."
-    if not torch.compiler.is_compiling() and (keep_BS[:, 1:] & ~keep_BS[:, :-1] & ~first_BS[:, 1:]).any():
-        raise ValueError("padding after real tokens of the same text: a cache can only be continued where the padding is before a text")
-
 # %% ../nbs/10_hybrid.ipynb #9c528ee8
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
@@ -228,10 +224,29 @@ class HybridOutput(CausalLMOutputWithPast):
     token_loss: Tensor | None = None  # nats, without the gates' losses
     gates: Tensor | None = None  # (L, B or texts, 3), as `gate_statistics` gives them
 
+class HybridTrunk(DecoderPreTrainedModel):
+    "Token ids to hidden states: the parts of a language model, which owns them, without its head."
+    config_class = HybridLanguageModelConfig
+
+    def __init__(self, whole: "HybridLanguageModel"):
+        nn.Module.__init__(self)
+        self.config = whole.config
+        for name, part in whole.named_children():
+            if name != "lm_head":
+                self.add_module(name, part)
+        self.__dict__["whole"] = whole  # no part of this one
+        self.training = whole.training
+
+    @can_return_tuple
+    def forward(self, *inputs, output_hidden_states: bool | None = None, **named) -> BaseModelOutputWithPast:
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        out = self.whole(*inputs, **named, output_hidden_states=True, logits_to_keep=1, return_dict=True)
+        return BaseModelOutputWithPast(last_hidden_state=out.hidden_states[-1], past_key_values=out.past_key_values,
+                                       hidden_states=out.hidden_states if wanted else None, attentions=out.attentions)
+
 class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
     "Token ids to next-word logits, through hybrid blocks."
     config_class = HybridLanguageModelConfig
-    base_model_prefix = "model"  # where a base model would be; there is none, and this one is its own
     _no_split_modules = ["HybridBlock"]
     _skip_keys_device_placement = ["past_key_values", "past"]
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
@@ -246,6 +261,11 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def base_model(self) -> HybridTrunk:
+        "What transformers asks for under `base_model_prefix`; the weights keep their names, which have no prefix."
+        return HybridTrunk(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -307,8 +327,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         texts = None
         if count or past_key_values is not None or keep_BS is not None:
             texts = Texts.of(position_ids, B, keep_BS, past, before, count)
-            if past and keep_BS is not None:
-                _check_holes(keep_BS, texts.first_BS)
+            check_holes(keep_BS, texts.first_BS)
         time = None if self.shared_srte is None else self.shared_srte(position_ids)
         rope = rope_table(position_ids, config.head_dim, config.rope_theta)
         if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
@@ -332,16 +351,17 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             count_B = count_targets(shift_labels, texts)
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = linear_cross_entropy(h_BTD, self.lm_head.weight, shift_labels) / count
+            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training:
                 loss, token_loss = token_loss + gate_loss(gates, count_B / count, shape), token_loss.detach()
         if not (self.training and loss is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = None if maps is None else tuple(m if m.shape[-1] == past + T else F.pad(m, (past + T - m.shape[-1], 0)) for m in maps)
         return HybridOutput(loss=loss, logits=logits, past_key_values=past_key_values, token_loss=token_loss, gates=gates.detach(),
                             hidden_states=tuple(states) if output_hidden_states else None,
-                            attentions=None if maps is None else tuple(F.pad(m, (past + T - m.shape[-1], 0)) for m in maps))
+                            attentions=maps)
 
 AutoConfig.register(HybridLanguageModelConfig.model_type, HybridLanguageModelConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridLanguageModelConfig, HybridLanguageModel, exist_ok=True)

@@ -1184,7 +1184,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
     "The steps of the engine."
     given = dict(nb.metadata.papermill.get("parameters") or {})
     parameters = admit(declared(nb), {k: v for k, v in given.items() if k not in _PATHS})
-    _inject(nb, kernel_name, given | parameters)
+    _inject(nb, kernel_name, {k: v for k, v in given.items() if k in _PATHS} | parameters)
     report = _local_report(output)
     if report is None:
         outcome = execute(nb, kernel_name, echo_to=sys.stderr, **options)
@@ -1401,6 +1401,7 @@ def plan_text(
     "What a run will cost here, and what its whole schedule would cost on named GPUs."
     from hybrid_nb.account import ASSUMED_MFU, plan_rows, run_seconds
     from hybrid_nb.rates import rate_text
+    from hybrid_nb.train import notes_before
 
     rows = [_cost_row("this run", plan.config, rate)]
     rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []
@@ -1409,7 +1410,7 @@ def plan_text(
     note = f"time here: {ASSUMED_MFU:.0%} of {rate_text(rate)} in matrix products; evaluation is not counted"
     reasons = [slow, "the whole schedule was made for GPUs" if run_seconds(plan.whole, rate) > 31_557_600 else ""]
     note += "".join(f"; {reason}" for reason in reasons if reason)
-    parts = [plan.trial, f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
+    parts = [plan.trial, *notes_before(plan.config), f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
     return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_pipeline.ipynb #4fb90e12

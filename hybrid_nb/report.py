@@ -7,8 +7,9 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
            'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
-           'alarms', 'alarm_table', 'tolerance', 'divergence', 'verdict', 'because_table', 'verdict_table', 'bundle',
-           'StoredRun', 'check_bundle', 'overall', 'as_results', 'recompute', 'results', 'LiveReport']
+           'alarms', 'alarm_table', 'tolerance', 'divergence', 'too_little', 'verdict', 'because_table',
+           'verdict_table', 'bundle', 'StoredRun', 'check_bundle', 'overall', 'as_results', 'recompute', 'results',
+           'LiveReport']
 
 # %% ../nbs/17_report.ipynb #84222563
 import html
@@ -45,9 +46,10 @@ from hybrid_nb.account import (
     total_memory,
 )
 from .config import Config, ConfigError, asdict, from_dict
+from .data import LEAST_DOCUMENTS, LEAST_TOKENS
 from .evaluate import MOST_NATS, perplexity
 from .runs import check_name, in_checkout, load_run, run_name
-from .train import ProgressLines, lr_at
+from .train import ProgressLines, highest_lr, lr_at
 
 # %% ../nbs/17_report.ipynb #2f6f1f25
 def _missing(value: Any) -> bool:
@@ -424,12 +426,18 @@ def _watch_loss(run) -> tuple[str, str]:
 def _watch_lr(run) -> tuple[str, str]:
     t = run.config.train
     off, step = _worst(run.records("train"), lambda r, _: abs(r["lr"] - lr_at(t, r["step"] - 1)) / t.lr)
-    return ("alarm", f"off by {off:.1%} of the peak at step {step:,}") if off > 1e-5 else ("ok", "as scheduled")
+    if off > 1e-5:
+        return "alarm", f"off by {off:.1%} of the peak at step {step:,}"
+    if t.warmup_steps < t.steps:
+        return "ok", "as scheduled"
+    return "warn", f"as scheduled, at most {highest_lr(t) / t.lr:.0%} of the peak: warm-up of {t.warmup_steps:,} steps, run of {t.steps:,}"
 
 def _watch_grad(run) -> tuple[str, str]:
     norm, step = _worst([r for r in run.records("train") if _finite(r["grad_norm"])], lambda r, _: r["grad_norm"])
     skipped = sum(r["event"] == "overflow" for r in run.records("event"))
+    empty = sum(r["event"] == "empty" for r in run.records("event"))
     tail = f"; updates skipped by fp16 overflow: {skipped}" if skipped else ""
+    tail += f"; steps without targets, which updated nothing: {empty}" if empty else ""
     return _state(norm, 10, 100), f"largest {norm:.3g}, at step {step:,}{tail}"
 
 # %% ../nbs/17_report.ipynb #b5bcfea9
@@ -513,12 +521,23 @@ def _open_questions(found: dict) -> list[str]:
     missing = [n for n in ("val_loss", "unigram_nats") if found[n] is None]
     return opens + [f"{name} is unknown" for name in missing]
 
+# %% ../nbs/17_report.ipynb #ac801306
+def too_little(run) -> list[str]:  # one sentence, or none
+    "What the last evaluation lacks to decide anything, and how to get it."
+    data, t, evals = run.info["data"], run.config.train, run.records("eval")
+    tokens, documents = evals[-1].get("tokens") if evals else None, data.get("valid_documents")
+    found = [f"{count:,} {what}{'s' * (count != 1)}" for count, least, what in ((tokens, LEAST_TOKENS, "token"),
+             (documents, LEAST_DOCUMENTS, "document")) if count is not None and count < least]
+    part = t.eval_batches and t.eval_batches * t.batch_size * t.seq_len < (data.get("valid_tokens") or 0)
+    more = "train.eval_batches higher (0: all that is held out)" if part else "data.valid_fraction higher, or give more text for validation"
+    return [f"a validation on {' of '.join(found)} decides nothing: set {more}"] if found else []
+
 # %% ../nbs/17_report.ipynb #06a73200
 def verdict(run) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUSIVE; 'because': sentences
     "Whether the model has learned, by the threshold that was fixed before."
     found = headline(run)
     val, unigram, floor, gap = (found[n] for n in ("val_loss", "unigram_nats", "floor_nats", "gap_nats"))
-    fails, opens, says = _failures(run, found), _open_questions(found), []
+    fails, opens, says = _failures(run, found), _open_questions(found) + too_little(run), []
     if val is not None and unigram is not None:
         says.append(f"validation loss {val:.4f} (PPL {found['val_ppl']:.4g}), unigram entropy {unigram:.4f} nats")
     if gap is not None:

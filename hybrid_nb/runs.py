@@ -488,8 +488,11 @@ def latest_checkpoint(
         try:
             found, why = read_checkpoint(path), ""
             check(found)
-        except RunError as error:
-            why = str(error)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a stranger's file brings about
+            known = isinstance(error, RunError)
+            why = str(error) if known else f"checkpoint {path} is damaged: {type(error).__name__}: {first_line(error)}"
         if agree(not why):
             return found, skipped
         skipped.append(why or f"checkpoint {path} cannot be read by another process")

@@ -328,6 +328,8 @@ def test_configuration_decides(name):
     model.config.return_dict = False
     assert isinstance(model(ids, labels=ids), tuple) and model(ids, labels=ids)[0].dim() == 0
     assert not isinstance(model(ids, return_dict=True), tuple)
-    assert model.base_model_prefix == "model"
+    base = model.base_model(ids, return_dict=True, output_attentions=False)
+    same(base.last_hidden_state @ model.lm_head.weight.T, out.logits)
+    assert model.base_model_prefix == "model" and model.base_model is not model and model.base_model(ids)[0].shape == (2, 9, 32)
     written = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
     assert torch.equal(written.sequences[:, :9], ids)
