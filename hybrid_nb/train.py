@@ -62,6 +62,7 @@ from hybrid_nb.runs import (
                             locked,
                             machine,
                             save_checkpoint,
+                            scrub,
                             tensor_hash,
                             versions,
                             write_json,
@@ -709,7 +710,7 @@ def train(
     check_memory(config, kind, layout and layout.bytes())
     if main:
         claim_folder(folder, config)
-        there, here = json.loads((folder / "config.json").read_text()), asdict(config)
+        there, here = json.loads((folder / "config.json").read_text()), scrub(asdict(config))
         for part in OBJECTIVES:
             if there.get(part) != here.get(part):
                 raise RunError(f"run folder {folder} is of another configuration: "
