@@ -54,13 +54,17 @@ _SECRET_NAME = re.compile(
     r"(^|_)(KEYS?|AUTH|OAUTH|PAT|PASS|PW|PWD|PSK|CREDS?|DSN|OTP|SAS)(_|$)", re.I)
 _LOGIN = re.compile(r"://[^\s/:@]*:([^\s@]+)@")  # of a URL
 
-def secret_values() -> frozenset[str]:
-    "Values of the environment that are secret, and the lines of those that have several."
-    named = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
-    named += [found[1] for value in os.environ.values() if (found := _LOGIN.search(value))]
+@lru_cache(4)
+def _secret_values(environment: frozenset[tuple[str, str]]) -> frozenset[str]:
+    named = [value for name, value in environment if _SECRET_NAME.search(name)]
+    named += [found[1] for _, value in environment if (found := _LOGIN.search(value))]
     lines = [line.strip() for value in named if "\n" in value.strip() for line in value.splitlines()]
     values = {v.strip() for v in named if not os.path.exists(v)} | {line for line in lines if len(line) >= 12}
     return frozenset(v for v in values if len(v) >= 6 and v not in ("enabled", "disabled"))
+
+def secret_values() -> frozenset[str]:
+    "Values of the environment that are secret, and the lines of those that have several."
+    return _secret_values(frozenset(os.environ.items()))
 
 # %% ../nbs/13_runs.ipynb #6ea913d7
 _WRAP = r"""(?:['"\\=]*(?:\r?\n|\\+[nr])[\s>|#]*['"]*)?"""  # where a long line was broken
