@@ -72,6 +72,11 @@ def _line(text: Any) -> str:
     "The first line of a message that has something on it."
     return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
 
+def _short(text: Any, most: int = 500) -> str:
+    "A message about what a stranger wrote: one line of at most so many characters, all of them printable."
+    text = "".join(c if c.isprintable() else " " for c in str(text)[: 2 * most])
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
 def _exit_code(error: BaseException) -> int:
     "The process's exit code for an error; a plain ValueError is the user's data."
     if isinstance(error, OSError):
@@ -734,7 +739,7 @@ def read_notebook(
             nbformat.validate(nb)
         return rejoin_lines(nbformat.from_dict(nb))
     except Exception as error:  # of whatever kind: the file is a stranger's
-        raise RunError(f"{path} is no notebook: {_line(error) or type(error).__name__}", BAD_DATA) from None
+        raise RunError(f"{path} is no notebook: {_short(_line(error) or type(error).__name__, 200)}", BAD_DATA) from None
 
 # %% ../nbs/18_pipeline.ipynb #dfba2554
 def _report_row(path: Path) -> dict[str, Any] | None:
@@ -1578,7 +1583,7 @@ def read_report(
     nb = read_notebook(Path(report))
     problem = report_problem(nb)
     if problem:
-        raise RunError(f"{report} is no report: {problem}", BAD_DATA)
+        raise RunError(f"{report} is no report: {_short(problem)}", BAD_DATA)
     return nb
 
 def read_result(
@@ -1800,6 +1805,15 @@ def _check_page(nb, report: Path) -> tuple[list[str], str]:
 
 # %% ../nbs/18_pipeline.ipynb #e9c15d70
 _PATIENCE, _ROOM = 300, 8 << 30  # seconds, bytes
+_LAYERS = 10_000  # of a model, at most: they are counted one by one
+
+def _check_sizes(value: Any):
+    "Refuse a stored configuration that nobody could count."
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in inner:
+        _check_sizes(part)
+    if isinstance(value, dict) and isinstance(layers := value.get("n_layer"), int | float) and not 0 <= layers <= _LAYERS:
+        raise ValueError(f"n_layer={layers:.6g} is not 0 to {_LAYERS:,}")
 
 @contextlib.contextmanager
 def _foreign(
@@ -1826,8 +1840,8 @@ def _foreign(
     except RunError:
         raise
     except Exception as error:
-        told = "".join(c if c.isprintable() else " " for c in _line(error))[:200]
-        raise RunError(f"{report} holds what cannot be read: {type(error).__name__}: {told}", BAD_DATA) from None
+        told = f"{type(error).__name__}: {_short(_line(error), 200)}"
+        raise RunError(f"{report} holds what cannot be read: {told}", BAD_DATA) from None
     finally:
         if alarm:
             signal.alarm(0)
@@ -1841,11 +1855,13 @@ def verify_quick(
     "Compares what a report shows with its stored records, its pipeline, its page and its hashes."
     report = Path(report)
     nb = read_report(report)
+    importlib.import_module("hybrid_nb.report")  # PyTorch's libraries do not count as what a file asks for
     with _foreign(report):
         result, about = shown_result(nb), nb.metadata.get("hybrid_nb")
         sealed = about.get("sha256") if isinstance(about, dict) else None
         wrong, told = [], []
         if {"bundle", "results"} <= result.keys():
+            _check_sizes(result["bundle"])
             found = _check_records(nb, result)
             wrong, told = [f"not what the stored records give: {', '.join(found[0])}"] if found[0] else [], [found[1]]
         else:
@@ -1856,8 +1872,8 @@ def verify_quick(
                              _check_writing(nb, result, bool(sealed)), _check_page(nb, report)):
             wrong, told = wrong + differ, told + [line] * bool(line)
     if wrong:
-        raise RunError(f"{report}: {'; '.join(wrong)}", BAD_DATA)
-    return "\n".join([*told, "every part has the hash that it was published with" if sealed else
+        raise RunError(f"{report}: {_short('; '.join(wrong))}", BAD_DATA)
+    return "\n".join([*map(_short, told), "every part has the hash that it was published with" if sealed else
                       "it was published without hashes: what is not made again rests on nothing"])
 
 def _broken_seal(nb, report: Path, sealed: Any) -> list[str]:
@@ -1924,6 +1940,7 @@ def verify_replay(
     with _foreign(report, bounded=False), tempfile.TemporaryDirectory(prefix="hnb-replay-") as folder:
         if kind := told.get("kind"):
             raise RunError(f"{report}: a {kind} report is not replayed, only that of a run; --quick makes its tables again", BAD_DATA)
+        _check_sizes(told)
         stored = StoredRun(told)
         info, resolved = stored.info, _checked(stored.info["resolved"])
         if info["status"] != "done" or info["world_size"] != 1:
