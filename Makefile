@@ -8,9 +8,10 @@ README ?= README.md
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+QUIET := KINETO_LOG_LEVEL=99
 METADATA := settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test sync reports docs readme clean
+.PHONY: setup hooks demo test sync reports docs readme clean
 
 $(VENV)/.base: $(METADATA)
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f'$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 to 3.13 are tried: make PYTHON=python3.12')"
@@ -25,17 +26,24 @@ $(VENV)/.dev: $(VENV)/.base
 
 setup: $(VENV)/.dev
 
+# For this clone alone, in .git/config: notebooks are cleaned as they are committed, and merged cell by cell.
+hooks:
+	@test -x $(BIN)/nbdev_merge || { echo "no $(BIN)/nbdev_merge: make setup first"; exit 1; }
+	git config filter.nbdev-clean.clean '"$(abspath $(BIN))/python" hooks/clean.py %f'
+	git config merge.nbdev-merge.name "notebooks, cell by cell"
+	git config merge.nbdev-merge.driver '"$(abspath $(BIN))/nbdev_merge" %O %A %B %P'
+
 demo: $(VENV)/.base
 	$(BIN)/hnb run train
 
 # Pipelines run in a copy as well: with run folders of their own, so that no earlier run is taken for theirs.
 test: $(VENV)/.dev sync
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --path nbs
+	$(OFFLINE) $(QUIET) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --path nbs
 	@bin=$$(cd $(BIN) && pwd) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
 	cp -R settings.ini constraints.txt pipelines hybrid_nb "$$copy" && cd "$$copy" && \
-	$(OFFLINE) PYTHONPATH="$$copy" "$$bin/nbdev_test" --n_workers 1 --timing --path pipelines
-	$(BIN)/ruff check nbs pipelines tests setup.py
-	$(OFFLINE) $(BIN)/python -m pytest tests
+	$(OFFLINE) $(QUIET) PYTHONPATH="$$copy" "$$bin/nbdev_test" --n_workers 1 --timing --path pipelines
+	$(BIN)/ruff check nbs pipelines tests hooks setup.py
+	$(OFFLINE) $(QUIET) $(BIN)/python -m pytest tests
 
 # In a copy, so that work in progress is never rewritten: export and clean must change nothing.
 sync: $(VENV)/.dev
@@ -53,7 +61,7 @@ reports: $(VENV)/.base
 	test ! -d data/tinystories || $(BIN)/hnb run srte -f pipelines/params/srte.yaml
 	$(BIN)/hnb run benchmark -p shape both -p full true
 	$(BIN)/hnb run scaling -p full true
-	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 $(BIN)/hnb run qk_speed -p model gpt-base -p rounds 61
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 $(BIN)/hnb run qk_speed -p model gpt-base -p rounds 61 -p precision bf16
 	$(BIN)/hnb run projector -p full true -p seeds 2
 	$(BIN)/hnb run parallel -p rounds 20
 	test ! -d data/tinystories || for p in qk_freeze distill context foundation dense; do $(BIN)/hnb run $$p -f pipelines/params/$$p.yaml || exit 1; done

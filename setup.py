@@ -1,15 +1,32 @@
-"Package metadata, read from settings.ini so that it is written down once."
+"Package metadata, read from settings.ini so that it is written down once, and the pipelines, which travel in the package."
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).resolve().parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 readme = here / "README.md"
+
+
+class BuildWithPipelines(build_py):
+    "Puts a copy of pipelines/ into the built package; an editable one finds them in the checkout."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / cfg["lib_path"] / "pipelines"
+            shutil.rmtree(target, ignore_errors=True)
+            for source in sorted([*here.glob("pipelines/*.ipynb"), *here.glob("pipelines/params/*.yaml")]):
+                place = target / source.relative_to(here / "pipelines")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, place)
+
 
 setup(
     name=cfg["repo"],
@@ -37,4 +54,5 @@ setup(
         "console_scripts": cfg["console_scripts"].split(),
         "papermill.engine": ["hybrid_nb=hybrid_nb.pipeline:HybridEngine"],
     },
+    cmdclass={"build_py": BuildWithPipelines},
 )

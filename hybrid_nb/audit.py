@@ -47,6 +47,7 @@ from hybrid_nb.account import (
     total_memory,
 )
 from .config import Config, ConfigError, DistillConfig, closest, get_config
+from .evaluate import ppl_change
 from .hybrid import DOCUMENT_TOTALS
 from .orthogonal import generate_orthogonal_matrix
 from .pipeline import report_problem, shown_result
@@ -789,7 +790,7 @@ DIVERGED = 1e300  # percent: in place of a perplexity that a diverged run has no
 
 def _percent(d: float, low: float, high: float) -> Span:
     "Differences of logarithms as percent of a ratio."
-    return Span(*(100 * math.expm1(x) for x in (d, low, high)))
+    return Span(*(100 * ppl_change(x) for x in (d, low, high)))
 
 def _scale(study) -> str:
     run = next(e.run for e in study.entries if e.run is not None)

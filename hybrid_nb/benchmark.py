@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SHAPES', 'FROZEN', 'PEER_RATIO', 'DEFAULT_RATIO', 'SCALES', 'COLORS', 'LOOP_SPEEDUP', 'SCAN_MEMORY', 'SCAN_EXPONENT',
            'MASK_SPEEDUP', 'WINDOW_EXPONENT', 'AGREEMENT', 'COUNT_SECONDS', 'COUNT_MB', 'make_peer', 'Contender',
-           'make_step', 'race', 'peak_rates', 'contenders', 'benchmark', 'judge', 'plot_speed', 'startup_seconds',
-           'Pass', 'allocated', 'fit_exponent', 'difference', 'measure', 'exponents', 'Scale', 'find_device',
-           'scan_passes', 'scan_bytes', 'compare_scans', 'scan_growth', 'attention_passes', 'compare_attention',
-           'branch_passes', 'branch_growth', 'draw_growth', 'plot_growth', 'counting_costs', 'Aim', 'list_aims',
-           'judge_aims']
+           'make_step', 'race', 'peak_rates', 'contenders', 'fit_batch', 'benchmark', 'judge', 'plot_speed',
+           'startup_seconds', 'Pass', 'allocated', 'fit_exponent', 'difference', 'measure', 'exponents', 'Scale',
+           'find_device', 'scan_passes', 'scan_bytes', 'compare_scans', 'scan_growth', 'attention_passes',
+           'compare_attention', 'branch_passes', 'branch_growth', 'draw_growth', 'plot_growth', 'counting_costs', 'Aim',
+           'list_aims', 'judge_aims']
 
 # %% ../nbs/19_benchmark.ipynb #68684c6d
 import json
@@ -34,16 +34,17 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from .account import flops_per_token
+from .account import ASSUMED_MFU, PROMISE, flops_per_token
 from .attention import LocalGlobalAttention, attend_window, window_mask
 from .config import Config, ConfigError, HybridConfig, ModelConfig, TrainConfig, closest
 from .decoder import make_decoder
 from .hybrid import HybridBlock
 from .orthogonal import parameter_statistics
+from .rates import DTYPES, emulation_note, fast_float32, is_emulated, matmul_rate, precision_rate, rate_text
 from .report import BLUE, RED, Picture
 from .rope import rope_table
 from .ssm import CHUNK, MambaMixer, scan_kernel, selective_scan, selective_scan_chunked, selective_scan_reference
-from .train import DTYPES, fast_float32, make_optimizer, matmul_rate
+from .train import make_optimizer
 
 # %% ../nbs/19_benchmark.ipynb #2241ec94
 SHAPES: dict[str, Config] = {
@@ -146,21 +147,32 @@ def race(
 # %% ../nbs/19_benchmark.ipynb #d2c32f1e
 def peak_rates(device: torch.device) -> dict[str, float]:
     "Measured matmul rate of each precision, FLOP/s."
-    rates = {"fp32 (default)": matmul_rate(torch.float32, device)}
-    with fast_float32(device.type):
-        rates["fp32"] = matmul_rate(torch.float32, device)
-    return rates | {"bf16": matmul_rate(torch.bfloat16, device)}
+    return {"fp32 (default)": matmul_rate(torch.float32, device)} | {p: precision_rate(p, device) for p in ("fp32", "bf16")}
 
 FROZEN = (("q", "frozen-orthogonal"), ("k", "frozen-orthogonal"))
 
-def contenders(full: bool = False) -> list[Contender]:
-    "Both models in each precision; in full also compiled, and ours with Q and K frozen."
+def contenders(
+    full: bool = False,
+    device: torch.device | str = "cpu",
+) -> list[Contender]:
+    "Both models in each precision that the device has; in full also compiled, and ours with Q and K frozen."
     plain = [Contender(who, p) for p in ("fp32 (default)", "fp32", "bf16") for who in ("hybrid-nb", "transformers")]
-    if not full:
-        return plain
-    return plain + [Contender("hybrid-nb", "fp32", True), Contender("transformers", "fp32", True), Contender("hybrid-nb", "bf16", True),
+    more = [Contender("hybrid-nb", "fp32", True), Contender("transformers", "fp32", True), Contender("hybrid-nb", "bf16", True),
                     Contender("hybrid-nb", "bf16", True, FROZEN), Contender("transformers", "bf16", True),
                     Contender("transformers", "bf16", True, attention="eager")]
+    return [c for c in plain + more * full if not is_emulated(c.precision.split()[0], device)]
+
+def fit_batch(
+    config: Config,
+    steps: int,  # that are to be made
+    device: torch.device | str = "cpu",
+) -> Config:
+    "The same shape with its batch halved until the steps take no longer in float32 than `PROMISE` seconds."
+    seconds = steps * config.train.batch_size * config.train.seq_len * flops_per_token(config).total
+    batch, longest = config.train.batch_size, PROMISE * ASSUMED_MFU * precision_rate("fp32", device)
+    while batch > 1 and seconds * batch / config.train.batch_size > longest:
+        batch //= 2
+    return replace(config, train=replace(config.train, batch_size=batch))
 
 def benchmark(
     shape: str = "t",  # a key of SHAPES
@@ -171,9 +183,15 @@ def benchmark(
     "Tokens/s, share of the measured matmul peak, and the ratio to the fastest transformers model of equal precision."
     if shape not in SHAPES:
         raise ConfigError(f"unknown shape {shape!r}{closest(shape, SHAPES)}; there are {', '.join(SHAPES)}")
-    config, place, everyone = SHAPES[shape], torch.device(device), contenders(full)
-    rates = peak_rates(place)
-    seconds = race({c.label: make_step(c, config, place) for c in everyone}, rounds)
+    config, place, everyone = SHAPES[shape], torch.device(device), contenders(full, device)
+    rates, warmup = peak_rates(place), 2
+    if slow := emulation_note("bf16", place):
+        print(f"{slow}: left out")
+    if device == "cpu":
+        config = fit_batch(config, (rounds + warmup) * len(everyone))
+        if config != SHAPES[shape]:
+            print(f"{config.train.batch_size} sequences a step, not {SHAPES[shape].train.batch_size}: {rate_text(rates['fp32'])} in fp32")
+    seconds = race({c.label: make_step(c, config, place) for c in everyone}, rounds, warmup)
     tokens, rows = config.train.batch_size * config.train.seq_len, []
     for c in everyone:
         flops = flops_per_token(replace(config, model=replace(config.model, **dict(c.change)))).total

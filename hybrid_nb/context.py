@@ -25,6 +25,7 @@ from torch import Tensor
 from .config import ConfigError, HybridConfig
 from .data import Shards, prepare
 from .decoder import DecoderForCausalLM
+from .evaluate import perplexity, ppl_change
 from .report import GREY, Picture, Table, as_results, because_table, check_bundle, overall
 from .runs import BAD_DATA, Run, RunError, io_errors
 from .study import ALPHA, MARGIN, PALETTE, PASSING, Paired, paired, spread, t_interval
@@ -196,9 +197,6 @@ def judge_factor(r: Reading, factor: int) -> str:
     return "FAIL" if words == {"worse"} else "INCONCLUSIVE"
 
 # %% ../nbs/25_context.ipynb #fa3363fa
-def _ppl(nats: float) -> float:
-    return math.exp(min(nats, 700))
-
 def _interval(p: Paired) -> str:
     return f"{p.lower:+.4f} to {p.upper:+.4f}"
 
@@ -208,8 +206,8 @@ def ways_table(r: Reading) -> Table:
     for s in r.factors:
         for way in WAYS:
             beyond, within, losses = compare_way(r, way, s), compare_way(r, way, s, within=True), r.of(way, s)
-            rows.append({"factor": s, "way": way, "named": "yes" if way in NAMED else "", "PPL beyond": _ppl(losses[:, BINS:].mean()),
-                         "sliding": _ppl(r.of("sliding", s)[:, BINS:].mean()), "d beyond": beyond.mean, "from": beyond.lower,
+            rows.append({"factor": s, "way": way, "named": "yes" if way in NAMED else "", "PPL beyond": perplexity(losses[:, BINS:].mean()),
+                         "sliding": perplexity(r.of("sliding", s)[:, BINS:].mean()), "d beyond": beyond.mean, "from": beyond.lower,
                          "to": beyond.upper, "is": beyond.word, "d within": within.mean, "within, from": within.lower,
                          "within, to": within.upper})
     signed = dict.fromkeys(("d beyond", "from", "to", "d within", "within, from", "within, to"), "{:+.4f}")
@@ -222,7 +220,7 @@ def positions_table(r: Reading) -> Table:
     for i in range(BINS * max(r.factors)):
         ends = {f"{way} x{s}" if way in WAYS[1:] else way: r.of(way, s)[:, i].mean() if i < BINS * s else None for way, s in keys}
         place = {"positions": f"{i * width + 1:,} to {(i + 1) * width:,}"}
-        rows.append(place | {k: None if v is None else _ppl(v) for k, v in ends.items()})
+        rows.append(place | {k: None if v is None else perplexity(v) for k, v in ends.items()})
     return Table(rows, dict.fromkeys(list(rows[0])[1:], "{:.4g}"))
 
 # %% ../nbs/25_context.ipynb #9c667ae8
@@ -243,7 +241,7 @@ def draw_positions(r: Reading) -> Figure:
         x = (np.arange(BINS * s) + 0.5) * r.trained / BINS
         for way in ("sliding", *WAYS):
             style = {"color": colors[way], "lw": 1.3, "ls": "--" if way == "sliding" else "-"}
-            above.plot(x, np.exp(np.minimum(r.of(way, s).mean(0), 50)), **style)
+            above.plot(x, [perplexity(y, 50) for y in r.of(way, s).mean(0)], **style)
             mean, _, low, high = t_interval((r.of(way, s) - r.of("sliding", s)).T, r.alpha / len(NAMED))
             below.fill_between(x, low, high, color=colors[way], alpha=0.15, lw=0)
             below.plot(x, mean, **style)
@@ -264,13 +262,13 @@ def draw_positions(r: Reading) -> Figure:
     panels[1, 0].set_ylabel("d, nats a token")
     for (above, below), s in zip(panels.T, r.factors, strict=True):
         last = {way: r.of(way, s)[:, -1].mean() for way in ("sliding", *WAYS)}
-        _name_lines(above, {way: math.exp(min(y, 50)) for way, y in last.items()}, colors)
+        _name_lines(above, {way: perplexity(y, 50) for way, y in last.items()}, colors)
         _name_lines(below, {way: y - last["sliding"] for way, y in last.items()}, colors)
     return figure
 
 def plot_positions(r: Reading) -> Picture:
     "The curves as a picture."
-    last = {s: ", ".join(f"{way} {_ppl(r.of(way, s)[:, -1].mean()):.4g}" for way in ("sliding", *WAYS)) for s in r.factors}
+    last = {s: ", ".join(f"{way} {perplexity(r.of(way, s)[:, -1].mean()):.4g}" for way in ("sliding", *WAYS)) for s in r.factors}
     return Picture(draw_positions(r), "PPL at the end of " + "; ".join(f"{s * r.trained} positions: {text}" for s, text in last.items()))
 
 # %% ../nbs/25_context.ipynb #3cf22572
@@ -284,7 +282,7 @@ def verdict(r: Reading) -> dict[str, Any]:  # 'verdict': PASS, FAIL or INCONCLUS
         for way in NAMED:
             p = compare_way(r, way, s)
             because.append(f"factor {s}: {words[-1]}: {way} beyond {r.trained:,} positions: d {p.mean:+.4f} nats (PPL "
-                           f"{100 * math.expm1(p.mean):+.1f} %), {100 * (1 - 2 * r.alpha / len(NAMED)):g} % interval {_interval(p)} over "
+                           f"{100 * ppl_change(p.mean):+.1f} %), {100 * (1 - 2 * r.alpha / len(NAMED)):g} % interval {_interval(p)} over "
                            f"{p.n} windows, margin {r.margin:.4f}: {p.word}")
         d = {way: compare_way(r, way, s).mean for way in WAYS}
         best = min(d, key=d.get)

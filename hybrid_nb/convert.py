@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from .config import ConfigError, DataConfig, HybridConfig, cast, closest
 from .data import END, encoded, file_corpus, load_tokenizer, token_count
+from .decoder import settle_tying
 from .evaluate import Loss, evaluate
 from .hybrid import HybridLanguageModel, HybridLanguageModelConfig
 from .runs import BAD_DATA, IO, RunError, fsync_dir, io_errors, sha256_file, write_json
@@ -297,7 +298,7 @@ def convert_model(
     layer: int | None = None,  # whose table all layers will share; None: the mean
 ) -> tuple[HybridLanguageModel, list[Lost]]:
     "A model of another shape from a model's weights, and what each step loses."
-    old, state = model.config.shape, dict(model.state_dict())
+    old, state = settle_tying(model).config.shape, dict(model.state_dict())
     used = [name for name in state if "srte." in name or name in ("lm_head.weight", "embed_tokens.weight")]
     if bad := [name for name in used if not state[name].isfinite().all()]:
         raise RunError(f"{bad[0]} holds values that are not finite", BAD_DATA)

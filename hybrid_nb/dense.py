@@ -36,14 +36,14 @@ from .config import PRESETS, Config, ConfigError, ModelConfig, get_config
 from .convert import quiet_transformers
 from .data import load_tokenizer, loader, prepare
 from .decoder import DecoderForCausalLM, make_decoder
-from .evaluate import Loss, evaluate
+from .evaluate import Loss, evaluate, perplexity, text_positions
 from .ffn import SwiGLUFeedForward
 from .freeze import Finding, findings_table, judge_all, judge_pairs, judge_region, notes_table
 from .moe import MixtureOfExperts, shared_only
+from .rates import fast_float32
 from .report import BLUE, GREY, RED, Picture, Table, as_results, check_bundle
 from .runs import BAD_DATA, NUMERIC, RunError, in_checkout, io_errors, load_run, tensor_hash, write_json
 from .study import Arm, Study, t_interval
-from .train import fast_float32
 
 # %% ../nbs/31_dense.ipynb #2d298085
 def dense_shape(
@@ -154,15 +154,23 @@ def refit_down(
         dense.model.layers[layer].mlp.down_proj.weight.copy_(torch.linalg.solve(gram_WW, cross_WD).T)
 
 @torch.no_grad()
-def layer_errors(model: DecoderForCausalLM, dense: DecoderForCausalLM, batches: Iterable[Tensor]) -> dict[int, float]:
+def layer_errors(
+    model: DecoderForCausalLM,  # with experts
+    dense: DecoderForCausalLM,
+    batches: Iterable[Tensor | tuple[Tensor, Tensor]],  # word ids, (B, T), alone, or with targets behind the last of which nothing counts
+) -> dict[int, float]:
     "What each dense network leaves of the variance of its mixture's outputs, by layer."
-    left: dict[int, Tensor] = {}
+    sums: dict[int, list[Tensor]] = {}  # squares of what is off, squares of the outputs, outputs, and how many
     with activations(model) as seen:
-        for inputs in batches:
+        for batch in batches:
+            inputs, targets = (batch, batch) if isinstance(batch, Tensor) else batch
+            keep_N = text_positions(targets).flatten().to(model.device)
             for layer, (x, y) in _watch(model, seen, inputs).items():
-                off = (dense.model.layers[layer].mlp(x) - y).double().square().sum()
-                left[layer] = left.get(layer, 0) + torch.stack([off, (y - y.mean(0)).double().square().sum()])
-    return {layer: float(a / b) for layer, (a, b) in left.items()}
+                x, y = x[keep_N], y[keep_N]
+                wide = y.double()
+                parts = [(dense.model.layers[layer].mlp(x) - y).double().square().sum(), wide.square().sum(), wide.sum(0), len(y)]
+                sums[layer] = [a + b for a, b in zip(sums.get(layer, (0, 0, 0, 0)), parts, strict=True)]
+    return {layer: float(off / (square - total.square().sum() / n)) for layer, (off, square, total, n) in sums.items()}
 
 # %% ../nbs/31_dense.ipynb #e0e5316b
 EXPERTS, SHARED = "experts", "shared experts alone"  # stages
@@ -203,7 +211,6 @@ def distill_dense(
     if not (batches and valid and 1 <= fit <= len(batches)):
         raise ValueError(f"fit={fit} is outside 1 to {len(batches)} batches, with {len(valid)} validation batches")
     model.eval()
-    look = [x for x, _ in valid[:8]]
 
     def note(name: str, m: nn.Module, error: dict[int, float] | None = None):
         loss, mean = evaluate(m, valid, model.device), sum(error.values()) / len(error) if error else None
@@ -215,18 +222,18 @@ def distill_dense(
         if model.config.n_shared_experts:
             with shared_only(model):
                 note(SHARED, model)
-        weights: dict[int, Tensor] = {}
+        weights, count = {}, sum(inputs.numel() for inputs in batches[:fit])
         with torch.no_grad(), activations(model) as seen:
             for inputs in batches[:fit]:
                 for i, (x, _) in _watch(model, seen, inputs).items():
-                    weights[i] = weights.get(i, 0) + expert_weights(model.model.layers[i].mlp, x) / fit
+                    weights[i] = weights.get(i, 0) + expert_weights(model.model.layers[i].mlp, x) * (len(x) / count)
         dense = join_model(model, weights, width).eval()
-        note(JOINED, dense, layer_errors(model, dense, look))
+        note(JOINED, dense, layer_errors(model, dense, valid))
         refit_down(model, dense, batches[:fit])
-        note(SOLVED, dense, layer_errors(model, dense, look))
+        note(SOLVED, dense, layer_errors(model, dense, valid))
         _regress(model, dense, batches, lr, log)
         refit_down(model, dense, batches[:fit])
-        errors = layer_errors(model, dense, look)
+        errors = layer_errors(model, dense, valid)
         if not all(map(math.isfinite, errors.values())):
             raise RunError(f"the regression left weights that are not finite, lr={lr:g}: a smaller rate is needed", NUMERIC)
         note(FITTED, dense, errors)
@@ -350,7 +357,7 @@ class Conversion:
     ) -> float:
         "The perplexity of a stage: the geometric mean over seeds."
         losses = self.losses(name)
-        return math.exp(min(float(np.mean([losses[seed] for seed in (losses if seeds is None else seeds)])), 700))
+        return perplexity(float(np.mean([losses[seed] for seed in (losses if seeds is None else seeds)])))
 
     def d(self, name: str, base: str = EXPERTS) -> dict[int, float]:
         "What a stage loses against another one, by seed, nats."
@@ -521,17 +528,17 @@ def draw_stages(c: Conversion) -> Figure:
         ax.set_axis_off()
         return figure
     for seed in c.stages:
-        joined = [(math.exp(min(c.losses(name)[seed], 700)), y) for y, name in enumerate(c.names) if seed in c.losses(name)]
+        joined = [(perplexity(c.losses(name)[seed]), y) for y, name in enumerate(c.names) if seed in c.losses(name)]
         ax.plot(*zip(*joined, strict=True), color=GREY, lw=0.7, alpha=0.35)
     for y, name in enumerate(c.names):
-        values, color = [math.exp(min(x, 700)) for x in c.losses(name).values()], colors.get(name, RED)
+        values, color = [perplexity(x) for x in c.losses(name).values()], colors.get(name, RED)
         mean = c.ppl(name)
         ax.plot(values, [y] * len(values), "o", color=color, ms=5, alpha=0.4, mec="none")
         ax.plot(mean, y, "D", color=color, ms=6)
         ax.annotate(f"{mean:.4g}", (max(values), y), xytext=(9, 0), textcoords="offset points", va="center", color=color, fontsize=9,
                     bbox={"fc": "white", "ec": "none", "pad": 0.5})
     base = c.ppl(EXPERTS)
-    margin = base * math.exp(c.study.plan.margin)
+    margin = base * perplexity(c.study.plan.margin)
     for x, style in ((base, "-"), (margin, "--")):
         ax.axvline(x, color=GREY, lw=0.8, ls=style)
     ax.annotate("margin over the experts", (margin, 1), xycoords=("data", "axes fraction"), xytext=(3, -2),

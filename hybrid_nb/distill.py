@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from . import study as studies
 from .config import Config, ConfigError, DistillConfig, TrainConfig
 from .data import TokenData, load_tokenizer, prepare, publish, step_windows
+from .evaluate import mean_loss, perplexity, ppl_change
 from hybrid_nb.projector import (
     KV,
     KVDimensionProjector,
@@ -43,14 +44,14 @@ from hybrid_nb.projector import (
 from .report import Picture, Table, as_results, check_bundle, overall
 from .runs import BAD_DATA, RunError, write_json
 from .study import Comparison, Study
-from .teacher import KVStore, Reader, Rows, Tap, Teacher, extract, load_teacher, projections, window_rows
+from .teacher import KVStore, Reader, Rows, Tap, Teacher, extract, load_teacher, own_places, window_rows
 from .train import Objective, World
 
 # %% ../nbs/23_distill.ipynb #3f7dbfc7
 def student_shape(model: nn.Module) -> dict[str, int]:
     "Layers and KV width of a student, whose keys and values must be within reach of hooks."
     shape = read_teacher(model.config)
-    if not projections(model, "k"):
+    if not own_places(model):
         raise ConfigError(f"student {type(model).__name__} has no k_proj and v_proj: its keys and values cannot be compared")
     return shape
 
@@ -67,6 +68,11 @@ def check_student(
 
 # %% ../nbs/23_distill.ipynb #aa073afb
 Lesson = Callable[[Tensor, tuple[int, int]], tuple[KV, Tensor | None]]  # inputs (B, T), step and micro-batch: KV and mask (B, T)
+
+def _add_shares(module: nn.Module, state: dict[str, Tensor], prefix: str, *_):
+    "In states saved before positions were counted, every micro-batch counts in full."
+    if f"{prefix}total" in state and f"{prefix}shares" not in state:
+        state[f"{prefix}shares"] = state[f"{prefix}total"][1].expand(len(module.lessons)).clone()
 
 class Distillation(Objective):
     "Next-token prediction, and keys and values near those of teachers."
@@ -92,6 +98,8 @@ class Distillation(Objective):
         self.fixed = None if given is None else dict(zip(names, given, strict=True))
         self.register_buffer("sums", torch.zeros(len(names), n, 2, 3, dtype=torch.float64))
         self.register_buffer("total", torch.zeros(2, dtype=torch.float64))  # of the losses, and how many
+        self.register_buffer("shares", torch.zeros(len(names), dtype=torch.float64))  # of the positions that count, in micro-batches
+        self.register_load_state_dict_pre_hook(_add_shares)
 
     def forward(self, model, inputs, targets, count, place):
         with self.tap.listen():
@@ -103,8 +111,9 @@ class Distillation(Objective):
         aligned = self.projector.project_multi_teacher_kv({name: kv for name, (kv, _) in told.items()})
         weights = self.teacher_weights() if self.teacher_weights is not None else self.fixed
         loss, parts = compute_kv_loss(self.tap.take(), aligned, mask=every, weights=weights, mse=self.config.mse,
-                                      cosine=self.config.cosine, return_parts=True)
-        self.sums += parts.values
+                                      cosine=self.config.cosine, whole=True, return_parts=True)
+        self.sums += parts.values.double() * parts.shares.double()[:, None, None, None]
+        self.shares += parts.shares
         self.total += torch.stack([loss.detach().double(), torch.ones_like(self.total[0])])
         out["token_loss"] = out.get("token_loss", out.loss).detach()
         out["loss"] = out.loss + self.config.kv_weight / self.grad_accum * loss
@@ -112,13 +121,15 @@ class Distillation(Objective):
 
     def means(self, world: World) -> dict[str, Any]:  # teacher/layer/k or v: squared error, 1 - cosine, power of the target
         "The parts of the loss of keys and values, over the micro-batches since the last call."
-        *sums, total, n = world.sum(*self.sums.flatten().tolist(), *self.total.tolist())
-        values = (torch.tensor(sums, dtype=torch.float64) / max(n, 1)).view_as(self.sums).tolist()
+        parts = [self.sums, self.shares, self.total]
+        flat = torch.tensor(world.sum(*torch.cat([t.flatten() for t in parts]).tolist()), dtype=torch.float64)
+        sums, shares, (total, n) = flat.split([t.numel() for t in parts])
+        values = (sums.view(self.sums.shape) / shares.clamp(min=1e-300)[:, None, None, None]).tolist()
         found = {f"{name}/{layer}/{of}": x for name, layers in zip(self.lessons, values, strict=True)
                  for layer, pair in enumerate(layers) for of, x in zip("kv", pair, strict=True)}
-        self.sums.zero_()
-        self.total.zero_()
-        return found | {"kv": total / max(n, 1)} | {f"weight {name}": w for name, w in self.learned_weights().items()}
+        for t in parts:
+            t.zero_()
+        return found | {"kv": float(total / n.clamp(min=1))} | {f"weight {name}": w for name, w in self.learned_weights().items()}
 
     @torch.no_grad()
     def learned_weights(self) -> dict[str, float]:
@@ -295,7 +306,7 @@ def teacher_loss(
         logits = teacher.model(inputs.to(device), use_cache=False).logits.float()
         total += float(F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum"))
         count += int((targets != -100).sum())
-    return total / count
+    return mean_loss(total, count)
 
 def untrained(
     source: str | Path,  # a teacher
@@ -341,8 +352,8 @@ def distilled_arms(study: Study) -> list[str]:
 def verdict_of(c: Comparison) -> tuple[str, str]:  # PASS, FAIL or INCONCLUSIVE; in words
     "Whether an arm is better than the baseline."
     p = c.paired
-    if c.diverged:
-        return "FAIL", "diverged"
+    if c.diverged or c.unchanged:
+        return "FAIL" if c.diverged else "INCONCLUSIVE", c.word
     if p is None or c.lost:
         return "INCONCLUSIVE", "pairs are missing" if c.lost else "no interval with fewer than two seeds"
     return ("PASS", "helped") if p.upper < 0 else ("FAIL", "hurt") if p.lower > 0 else ("INCONCLUSIVE", "nothing is shown")
@@ -357,7 +368,7 @@ def _interval(c: Comparison) -> str:
     p = c.paired
     if p is None:
         return f"{len(c.losses)} pair{'s' * (len(c.losses) != 1)}"
-    return (f"d {p.mean:+.4f} nats (PPL {100 * math.expm1(p.mean):+.1f} %), {100 * (1 - 2 * c.alpha):g} % interval {p.lower:+.4f} to "
+    return (f"d {p.mean:+.4f} nats (PPL {100 * ppl_change(p.mean):+.1f} %), {100 * (1 - 2 * c.alpha):g} % interval {p.lower:+.4f} to "
             f"{p.upper:+.4f}, {p.n} pairs")
 
 # %% ../nbs/23_distill.ipynb #d453e796
@@ -370,7 +381,7 @@ def teachers_table(facts: list[dict[str, Any]], study: Study) -> Table:
         loss, stored = f["val_loss"], kept.get(f["teacher"], {})
         rows.append({"teacher": f["teacher"], "parameters": f["parameters"], "layers": f["num_layers"],
                      "KV heads": f["num_key_value_heads"], "KV width": f["kv_dim"], "val loss": loss,
-                     "PPL": None if loss is None else math.exp(min(loss, 700)),
+                     "PPL": None if loss is None else perplexity(loss),
                      "kept (MiB)": stored["bytes"] / 2**20 if stored else None, "read in (s)": stored.get("seconds")})
     return Table(rows, {"parameters": "{:,}", "val loss": "{:.4f}", "PPL": "{:.4g}", "kept (MiB)": "{:,.1f}", "read in (s)": "{:.1f}"})
 

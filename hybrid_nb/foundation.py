@@ -28,6 +28,7 @@ from . import study as studies
 from .account import active_params, count_params, flops_per_token
 from .benchmark import Contender, make_step, race
 from .config import Config, ConfigError, HybridConfig, get_config, override
+from .evaluate import perplexity, ppl_change
 from .freeze import Finding, findings_table, judge_all, judge_pairs, judge_region, notes_table
 from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle
 from .runs import Run, in_checkout, load_run
@@ -207,7 +208,7 @@ def experiment(
 def _ppls(c: Comparison) -> str:
     if not c.losses:
         return ""
-    base, arm = (math.exp(min(float(np.mean(x)), 700)) for x in zip(*c.losses.values(), strict=True))
+    base, arm = (perplexity(float(np.mean(x))) for x in zip(*c.losses.values(), strict=True))
     return f"PPL {arm:.4g} of {c.arm}, {base:.4g} of {c.base}: {arm / base - 1:+.1%}"
 
 def _lost(c: Comparison) -> list[str]:
@@ -303,7 +304,7 @@ def arms_table(e: Experiment) -> Table:
                      "FFN": m.d_expert if m.n_routed_experts else m.d_ff, "parameters": count_params(c).total, "active": active_params(c),
                      "MFLOPs a token": flops_per_token(c).total / 1e6, "tokens/s": _rate(e, arm),
                      "runs": f"{len(losses)}/{len(plan.seeds)}", "val loss": mean, "+-": half,
-                     "PPL": math.exp(min(mean, 700)) if losses else None})
+                     "PPL": perplexity(mean) if losses else None})
     formats = dict.fromkeys(("parameters", "active"), "{:,}") | {"MFLOPs a token": "{:.2f}", "tokens/s": "{:,.0f}", "PPL": "{:.4g}"}
     return Table(rows, formats | dict.fromkeys(("val loss", "+-"), "{:.4f}"))
 
@@ -335,7 +336,7 @@ def sizes_table(e: Experiment) -> Table:
             continue
         low, high = f.interval or (None, None)
         rows.append({"dense": dense, "parameters": count_params(a).total, "mixture": count_params(b).total,
-                     "d (nats)": f.mean, "from": low, "to": high, "PPL": math.expm1(f.mean) if f.d else None,
+                     "d (nats)": f.mean, "from": low, "to": high, "PPL": ppl_change(f.mean) if f.d else None,
                      "FLOPs": flops_per_token(b).total / flops_per_token(a).total,
                      "time": _slower(e, mixed, dense), "advice": f.verdict})
     signed = dict.fromkeys(("d (nats)", "from", "to"), "{:+.4f}") | {"PPL": "{:+.1%}"}

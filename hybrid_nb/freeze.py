@@ -28,6 +28,7 @@ from scipy import stats
 from . import study as studies
 from .account import Params, param_rows
 from .config import Config, ConfigError, HybridConfig, closest, get_config
+from .evaluate import perplexity, ppl_change
 from .report import GREY, Picture, StoredRun, Table, as_results, check_bundle, overall
 from .runs import BAD_DATA, Run, RunError, in_checkout
 from .study import ALPHA, MARGIN, PALETTE, Arm, Comparison, Study, compare, spread, t_interval
@@ -131,7 +132,7 @@ def steps_per_hour(run: Run | StoredRun) -> float | None:
     "The median rate of a run's updates."
     t, train = run.config.train, run.records("train")
     rates = [r["tokens_per_s"] for r in train[1:] or train if r.get("tokens_per_s")]
-    tokens = t.batch_size * t.grad_accum * t.seq_len * run.info.get("world_size", 1)
+    tokens = run.info.get("global_batch", t.batch_size * t.grad_accum * run.info.get("world_size", 1)) * t.seq_len
     return 3600 * float(np.median(rates)) / tokens if rates else None
 
 def first_below(
@@ -169,9 +170,6 @@ class Analysis:
         "The arm of a group: the one whose name begins with its letter and a hyphen, or is the letter."
         return next((a for a in self.study.plan.arms if a.partition("-")[0] == letter), None)
 
-def _ppl(loss: float) -> float:
-    return math.exp(min(loss, 700))
-
 def _finals(study: Study, arm: str) -> list[float]:
     return [float(_last(run)["val_loss"]) for run in study.finished(arm)]
 
@@ -185,7 +183,7 @@ def analyze(
     study = studies.freeze(study)
     check_comparable(study)
     ends = [loss for arm in study.plan.arms for loss in _finals(study, arm)]
-    return Analysis(study, target or (_ppl(max(ends)) if ends else None))
+    return Analysis(study, target or (perplexity(max(ends)) if ends else None))
 
 # %% ../nbs/21_freeze.ipynb #66b7cdc8
 def params_table(a: Analysis) -> Table:
@@ -235,7 +233,7 @@ def progress_table(
             step, loss, *_ = curve[i]
             lr, train = (_mean(_at(run, name, step) for run in runs) for name in ("lr", "loss"))
             found.append({"arm": arm, "step": step, "learning rate": lr, "training loss": train, "validation loss": loss,
-                          "PPL": _ppl(loss)})
+                          "PPL": perplexity(loss)})
     losses = dict.fromkeys(("training loss", "validation loss"), "{:.4f}")
     return Table(found, losses | {"step": "{:,}", "learning rate": "{:.2e}", "PPL": "{:.4g}"})
 
@@ -330,9 +328,10 @@ def judge_pairs(
     "What became of a statement about the mean of paired differences."
     interval = tuple(map(float, t_interval(list(d.values()), alpha)[2:])) if len(d) > 1 else None
     found, lost = word(interval) if interval else "INCONCLUSIVE", tuple(lost)
+    idle = ("every pair is equal: nothing was changed",) if d and not any(d.values()) else ()
     few = () if interval else (f"{len(d)} pair{'s' * (len(d) != 1)}: no interval exists with fewer than two",)
-    return Finding(name, statement, criterion, measured, "INCONCLUSIVE" if found == "PASS" and lost else found, d, interval,
-                   (*why, *lost, *few), decides)
+    return Finding(name, statement, criterion, measured, "INCONCLUSIVE" if found == "PASS" and (lost or idle) else found,
+                   d, interval, (*why, *lost, *idle, *few), decides)
 
 # %% ../nbs/21_freeze.ipynb #af1db69c
 def judge_parameters(
@@ -375,7 +374,7 @@ def _pairs(a: Analysis, claim: Claim) -> tuple[Comparison, dict[int, tuple[float
     errors = {(e.arm, e.seed): e.error for e in study.entries}
     c = compare(study.runs(base), study.runs(arm), arm=arm, base=base, seeds=study.plan.seeds, alpha=study.plan.alpha, errors=errors)
     if claim.of == "PPL":
-        return c, {seed: tuple(map(_ppl, losses)) for seed, losses in c.losses.items()}, c.lost
+        return c, {seed: tuple(map(perplexity, losses)) for seed, losses in c.losses.items()}, c.lost
     return c, *_speeds(study, c)
 
 # %% ../nbs/21_freeze.ipynb #3c811cd5
@@ -459,7 +458,7 @@ def questions_table(a: Analysis) -> Table:
                     alpha=study.plan.alpha, errors=errors)
         p = c.paired
         rows.append({"question": question, "difference": f"{arm} - {base}", "pairs": len(c.d), "d (nats)": p.mean if p else None,
-                     "interval": _interval(p and (p.lower, p.upper)), "PPL": math.expm1(p.mean) if p else None, "is": c.word})
+                     "interval": _interval(p and (p.lower, p.upper)), "PPL": ppl_change(p.mean) if p else None, "is": c.word})
     return Table(rows, {"d (nats)": "{:+.4f}", "PPL": "{:+.1%}"})
 
 # %% ../nbs/21_freeze.ipynb #0bbd6f0e
@@ -479,7 +478,7 @@ def gap_table(a: Analysis) -> Table:
         word = {"PASS": "yes", "FAIL": "no"}.get(judge_region(p.lower, p.upper, -math.inf, CLOSE), "cannot be told") if p else "no interval"
         rows.append({"arm": arm, "trainable": params["trainable"], "below A": fewer, "by 6 %": "yes" if fewer >= FEWER else "no",
                      "pairs": len(c.d), "d against A": p.mean if p else None, "interval": _interval(p and (p.lower, p.upper)),
-                     "PPL": math.expm1(p.mean) if p else None, "within 1 % of A": "diverged" if c.diverged else word})
+                     "PPL": ppl_change(p.mean) if p else None, "within 1 % of A": c.word if c.diverged or c.unchanged else word})
     rows = rows or [{"arm": "none", "within 1 % of A": "no frozen arm, or no run of group A"}]
     return Table(rows, {"trainable": "{:,}", "below A": "{:.1%}", "d against A": "{:+.4f}", "PPL": "{:+.1%}"})
 
@@ -502,7 +501,7 @@ def draw_tradeoff(a: Analysis) -> Figure:
     for arm in a.study.plan.arms:
         if losses := _finals(a.study, arm):
             n = a.study.finished(arm)[0].info["params"]["trainable"] / 1e6
-            points[arm] = (n, *map(_ppl, _ends(losses, a.study.plan.alpha)))
+            points[arm] = (n, *map(perplexity, _ends(losses, a.study.plan.alpha)))
     xs = [p[0] for p in points.values()] or [0.0, 1.0]
     wide = max(xs) - min(xs) or 0.1 * max(xs)
     for x in sorted(set(xs)) if points else ():
@@ -527,7 +526,7 @@ def plot_tradeoff(a: Analysis) -> Picture:
     "The chart as a picture."
     losses = {arm: found for arm in a.study.plan.arms if (found := _finals(a.study, arm))}
     trained = {arm: a.study.finished(arm)[0].info["params"]["trainable"] for arm in losses}
-    says = [f"{arm} PPL {_ppl(float(np.mean(x))):.4g} with {trained[arm]:,} trainable parameters" for arm, x in losses.items()]
+    says = [f"{arm} PPL {perplexity(float(np.mean(x))):.4g} with {trained[arm]:,} trainable parameters" for arm, x in losses.items()]
     return Picture(draw_tradeoff(a), "; ".join(says) or "no run is done")
 
 # %% ../nbs/21_freeze.ipynb #2bbe1c89

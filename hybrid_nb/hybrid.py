@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT_TOTALS', 'HybridLanguageModelConfig', 'drop_branch', 'BranchGate', 'gate_statistics', 'gate_loss',
-           'Alignment', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridLanguageModel', 'make_model',
-           'count_parts', 'document_totals', 'document_claims']
+           'Alignment', 'make_srte', 'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridTrunk', 'HybridLanguageModel',
+           'make_model', 'count_parts', 'document_totals', 'document_claims']
 
 # %% ../nbs/10_hybrid.ipynb #a41079f6
 import math
@@ -17,11 +17,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from .attention import LocalGlobalAttention
+from .attention import LocalGlobalAttention, PositionsKept, keep_positions, kept_positions
 from .config import PRESETS, HybridConfig, ModelConfig
-from .decoder import DecoderConfig, DecoderPreTrainedModel, linear_cross_entropy, make_decoder, token_positions
+from hybrid_nb.decoder import (
+    DecoderConfig,
+    DecoderPreTrainedModel,
+    Texts,
+    attribute_names,
+    check_holes,
+    count_targets,
+    head_loss,
+    make_decoder,
+    next_tokens,
+    token_positions,
+    wants_maps,
+)
 from .ffn import GELUFeedForward
 from .rope import rope_table
 from .srte import SRTE
@@ -32,10 +45,7 @@ class HybridLanguageModelConfig(DecoderConfig):
     "A `HybridConfig` in the form that transformers saves beside weights."
     model_type = "hybrid_nb_hybrid"
     record = HybridConfig
-    attribute_map = {
-        "hidden_size": "d_model", "num_layers": "n_layer", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "max_seq_len", "tie_word_embeddings": "tie_embeddings",
-    }
+    attribute_map = attribute_names(HybridConfig)
     keys_to_ignore_at_inference = ["past_key_values", "token_loss", "gates"]
 
     def __init__(self, **values):  # without one, transformers would write its own
@@ -134,23 +144,27 @@ class HybridBlock(GradientCheckpointingLayer):
         keep_BS: Tensor | None = None,  # False where padded
         past: dict[str, Tensor] | None = None,  # what this layer keeps between calls; extended here
         implementation: str = "sdpa",
-    ) -> tuple[Tensor, Tensor]:  # (B, T, D), and the gate's statistics (B, 3)
+        texts: Texts | None = None,  # None: each row is one text
+        maps: list[Tensor] | None = None,  # the attention's probabilities are appended
+    ) -> tuple[Tensor, Tensor]:  # (B, T, D), and the gate's statistics (B or texts, 3)
         config, x_BTD = self.shape, self.input_layernorm(h_BTD)
         keep_BT = None if keep_BS is None else keep_BS[:, -x_BTD.shape[1] :]
+        first_BT, text_BS, rows = (None,) * 3 if texts is None else (texts.first_BS[:, -x_BTD.shape[1] :], texts.text_BS, texts.rows)
         time = self.srte(positions) if self.srte is not None else time
-        m_BTD = self.mamba(x_BTD if time is None else x_BTD + time.to(x_BTD.dtype), keep_BT, past)
-        a_BTD = self.self_attn(x_BTD, rope, keep_BS, past, implementation)
+        m_BTD = self.mamba(x_BTD if time is None else x_BTD + time.to(x_BTD.dtype), keep_BT, past, first_BT)
+        a_BTD = self.self_attn(x_BTD, rope, keep_BS, past, implementation, text_BS, maps)
         m_BTD, a_BTD = drop_branch(m_BTD, a_BTD, config.branch_dropout, self.training)
         aligned = self.align(torch.cat([m_BTD, a_BTD], dim=-1))
         z_BTD = self.gate(aligned)
         g_BTD = z_BTD.sigmoid()
         fused = self.fusion(g_BTD * m_BTD + (1 - g_BTD) * a_BTD)
         update = F.dropout(fused + self.mlp(aligned), config.dropout, self.training)
+        z_BTD, keep_BT = (z_BTD, keep_BT) if rows is None else (z_BTD.flatten(0, 1)[rows], rows >= 0)
         return self.output_layernorm(h_BTD + update), gate_statistics(z_BTD, keep_BT)
 
 # %% ../nbs/10_hybrid.ipynb #f06bcfc9
-class HybridCache(Cache):
-    "What every layer keeps between calls."
+class HybridCache(PositionsKept, Cache):
+    "What every layer keeps between calls, and the positions of the tokens seen."
 
     def __init__(self, shape: HybridConfig):
         super().__init__(layers=[])
@@ -159,6 +173,7 @@ class HybridCache(Cache):
 
     def reset(self):
         "Forget all."
+        super().reset()
         self.states: list[dict[str, Tensor]] = [{} for _ in self.windows]
         self.length = 0  # tokens seen
 
@@ -173,16 +188,19 @@ class HybridCache(Cache):
 
     def nbytes(self) -> int:
         "Bytes of all tensors kept."
-        return sum(t.nbytes for state in self.states for t in state.values())
+        kept = [t for state in self.states for t in state.values()] + ([] if self.positions is None else [self.positions])
+        return sum(t.nbytes for t in kept)
 
     def batch_select_indices(self, indices: Tensor):
         "Keep these samples, in this order."
+        super().batch_select_indices(indices)
         self.states = [{name: t.index_select(0, indices.to(t.device)) for name, t in state.items()} for state in self.states]
 
     reorder_cache = batch_select_indices  # beam search
 
     def batch_repeat_interleave(self, repeats: int):
         "Each sample several times over."
+        super().batch_repeat_interleave(repeats)
         self.states = [{name: t.repeat_interleave(repeats, 0) for name, t in state.items()} for state in self.states]
 
     def crop(self, tokens_to_remove: int):
@@ -197,23 +215,38 @@ def _real_tokens(attention_mask: Tensor | None, past: int, T: int) -> Tensor | N
     if attention_mask.dim() != 2 or attention_mask.shape[1] != past + T:
         raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)} does not cover {past} cached and {T} new tokens")
     keep_BS = attention_mask.bool()
-    if torch.compiler.is_compiling():
-        return keep_BS
-    if past and (keep_BS[:, :-1] & ~keep_BS[:, 1:]).any():
-        raise ValueError("padding after real tokens: a cache can only be continued where the padding is on the left")
-    return None if keep_BS.all() else keep_BS
+    return keep_BS if torch.compiler.is_compiling() or not keep_BS.all() else None
 
 # %% ../nbs/10_hybrid.ipynb #9c528ee8
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
     "A causal language model's output with its cross-entropy and the gates' statistics."
     token_loss: Tensor | None = None  # nats, without the gates' losses
-    gates: Tensor | None = None  # (L, B, 3), as `gate_statistics` gives them
+    gates: Tensor | None = None  # (L, B or texts, 3), as `gate_statistics` gives them
+
+class HybridTrunk(DecoderPreTrainedModel):
+    "Token ids to hidden states: the parts of a language model, which owns them, without its head."
+    config_class = HybridLanguageModelConfig
+
+    def __init__(self, whole: "HybridLanguageModel"):
+        nn.Module.__init__(self)
+        self.config = whole.config
+        for name, part in whole.named_children():
+            if name != "lm_head":
+                self.add_module(name, part)
+        self.__dict__["whole"] = whole  # no part of this one
+        self.training = whole.training
+
+    @can_return_tuple
+    def forward(self, *inputs, output_hidden_states: bool | None = None, **named) -> BaseModelOutputWithPast:
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        out = self.whole(*inputs, **named, output_hidden_states=True, logits_to_keep=1, return_dict=True)
+        return BaseModelOutputWithPast(last_hidden_state=out.hidden_states[-1], past_key_values=out.past_key_values,
+                                       hidden_states=out.hidden_states if wanted else None, attentions=out.attentions)
 
 class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
     "Token ids to next-word logits, through hybrid blocks."
     config_class = HybridLanguageModelConfig
-    base_model_prefix = ""
     _no_split_modules = ["HybridBlock"]
     _skip_keys_device_placement = ["past_key_values", "past"]
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
@@ -228,6 +261,11 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def base_model(self) -> HybridTrunk:
+        "What transformers asks for under `base_model_prefix`; the weights keep their names, which have no prefix."
+        return HybridTrunk(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -253,17 +291,19 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         if self.training and self.gradient_checkpointing:
             raise ValueError("gradient checkpointing computes each block twice, and a cache takes its tokens once: use_cache=False")
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, past + T), 0 where padded, on the left where a cache is continued
-        position_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, past + T), 0 where padded, before a text where a cache is continued
+        position_ids: Tensor | None = None,  # (B, T); a row may hold several texts
         past_key_values: HybridCache | None = None,
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
-        labels: Tensor | None = None,  # (B, T) word ids, shifted here, as transformers has it
+        labels: Tensor | None = None,  # (B, T) word ids, shifted here within each text
         num_items_in_batch: Tensor | int | None = None,  # the loss is the sum over targets divided by this; None: by their number
         use_cache: bool | None = None,  # None: in evaluation mode, as the configuration says
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,  # None: as the configuration says
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,  # 0: all positions
         **kwargs,  # shift_labels (B, T): word ids that are targets already; by name, transformers' Trainer would ask for both labels
     ) -> HybridOutput:  # in training with labels, logits are None: the loss never holds them
@@ -271,17 +311,23 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        T, device = h_BTD.shape[1], h_BTD.device
+        (B, T), device = h_BTD.shape[:2], h_BTD.device
         if T == 0:
             raise ValueError(f"input of shape {tuple(h_BTD.shape[:2])}: there is no token")
+        maps = [] if wants_maps(config, output_attentions) else None
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
             past_key_values = HybridCache(shape)
         if past_key_values is not None:
             self._check_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.length
-        keep_BS = _real_tokens(attention_mask, past, T)
-        position_ids = token_positions(T, config.max_seq_len, device, keep_BS, past, position_ids)
+        keep_BS, before = _real_tokens(attention_mask, past, T), kept_positions(past_key_values, past)
+        count = position_ids is not None or before is not None
+        position_ids = token_positions(T, config.max_seq_len, device, keep_BS, past, position_ids, before)
+        texts = None
+        if count or past_key_values is not None or keep_BS is not None:
+            texts = Texts.of(position_ids, B, keep_BS, past, before, count)
+            check_holes(keep_BS, texts.first_BS)
         time = None if self.shared_srte is None else self.shared_srte(position_ids)
         rope = rope_table(position_ids, config.head_dim, config.rope_theta)
         if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
@@ -290,27 +336,32 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         states, gates = [h_BTD], []
         for i, layer in enumerate(self.layers):
             kept = None if past_key_values is None else past_key_values.states[i]
-            h_BTD, gate = layer(h_BTD, position_ids, time, rope, keep_BS, past=kept, implementation=config._attn_implementation)
+            h_BTD, gate = layer(h_BTD, position_ids, time, rope, keep_BS, past=kept, implementation=config._attn_implementation,
+                                texts=None if texts is None or texts.text_BS is None else texts, maps=maps)
             states.append(h_BTD)
             gates.append(gate)
         if past_key_values is not None:
             past_key_values.length += T
+            keep_positions(past_key_values, texts.position_BS)
         states[-1] = h_BTD = self.norm(h_BTD)
 
         gates, loss, token_loss, logits, shift_labels = torch.stack(gates), None, None, None, kwargs.get("shift_labels")
         if labels is not None:
-            shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            shift_labels = next_tokens(labels, texts)
         if shift_labels is not None:
-            count_B = (shift_labels != -100).sum(-1)
+            count_B = count_targets(shift_labels, texts)
             count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = linear_cross_entropy(h_BTD, self.lm_head.weight, shift_labels) / count
+            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
             if self.training:
                 loss, token_loss = token_loss + gate_loss(gates, count_B / count, shape), token_loss.detach()
         if not (self.training and loss is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = None if maps is None else tuple(m if m.shape[-1] == past + T else F.pad(m, (past + T - m.shape[-1], 0)) for m in maps)
         return HybridOutput(loss=loss, logits=logits, past_key_values=past_key_values, token_loss=token_loss, gates=gates.detach(),
-                            hidden_states=tuple(states) if output_hidden_states else None)
+                            hidden_states=tuple(states) if output_hidden_states else None,
+                            attentions=maps)
 
 AutoConfig.register(HybridLanguageModelConfig.model_type, HybridLanguageModelConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridLanguageModelConfig, HybridLanguageModel, exist_ok=True)

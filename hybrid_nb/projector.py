@@ -538,7 +538,8 @@ class KVParts:
     "The loss by teacher, layer, and K or V."
     teachers: list[str]
     weights: Tensor  # (N,), sum 1
-    values: Tensor  # (N, L, 2, 3) float32: squared error, 1 - cosine, mean square of the target
+    values: Tensor  # (N, L, 2, 3) float32: squared error, 1 - cosine, mean square of the target; means over the positions that count
+    shares: Tensor  # (N,) float32: of the positions, how many count
 
     def rows(self) -> list[dict[str, Any]]:
         "For a table."
@@ -593,6 +594,7 @@ def compute_kv_loss(
     weights: Mapping[str, float | Tensor] | None = None,  # by teacher, at least 0; divided by their sum; None: equal
     mse: float = 1.0,  # coefficient of the squared error, at least 0
     cosine: float = 0.0,  # coefficient of 1 - cosine, at least 0
+    whole: bool = False,  # divide by all positions, counted or not, so that the mean over equal batches is the loss of all of them
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, KVParts]:  # scalar, at least float32; with `return_parts` also its parts
     "How far a student's keys and values are from its teachers'."
@@ -601,13 +603,14 @@ def compute_kv_loss(
     if min(mse, cosine) < 0 or not mse + cosine > 0:
         raise ConfigError(f"mse={mse} and cosine={cosine} must be 0 or more, and not both 0")
     students = [(merge_heads(k), merge_heads(v)) for k, v in student_kv]
-    found = []
+    found, shares = [], []
     with torch.autocast(students[0][0].device.type, enabled=False):
         for name, kv in aligned_kvs.items():
             if len(kv) != len(students):
                 raise ConfigError(f"teacher {name!r} has {len(kv)} layers, the student {len(students)}: align them, as student_layers="
                                   f"{len(students)} of the projector does")
             counted = _counted(mask, name, students[0][0].shape[:2])
+            shares.append(torch.ones(()) if counted is None else counted.double().mean().cpu())
             for layer, (here, there) in enumerate(zip(students, kv, strict=True)):
                 for of, x, y in zip("KV", here, map(merge_heads, there), strict=True):
                     if x.shape != y.shape:
@@ -616,8 +619,9 @@ def compute_kv_loss(
                     found.append(_terms(x, y, counted))
         values = torch.stack(found).unflatten(0, (len(aligned_kvs), len(students), 2))
         w = _same_weights(list(aligned_kvs), weights, values)
-        loss = w @ (mse * values[..., 0] + cosine * values[..., 1]).mean((1, 2))
-    return (loss, KVParts(list(aligned_kvs), w.detach(), values.detach().float())) if return_parts else loss
+        shares = torch.stack(shares).to(w)
+        loss = (w * shares if whole else w) @ (mse * values[..., 0] + cosine * values[..., 1]).mean((1, 2))
+    return (loss, KVParts(list(aligned_kvs), w.detach(), values.detach().float(), shares.float())) if return_parts else loss
 
 # %% ../nbs/11_projector.ipynb #4f751a36
 class TeacherWeights(nn.Module):

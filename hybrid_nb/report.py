@@ -7,9 +7,9 @@ __all__ = ['BLUE', 'RED', 'GREY', 'PANELS', 'LEVELS', 'PART_COLORS', 'MONITORS',
            'Table', 'config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_folder', 'provenance_table',
            'samples_table', 'headline', 'Picture', 'draw_curves', 'plot_curves', 'draw_gates', 'gate_table',
            'gate_section', 'draw_routing', 'routing_table', 'routing_section', 'draw_parts', 'plot_parts', 'Alarm',
-           'alarms', 'alarm_table', 'tolerance', 'way_percent', 'verdict', 'because_table', 'verdict_table',
-           'find_reference', 'bundle', 'StoredRun', 'check_bundle', 'overall', 'as_results', 'recompute', 'results',
-           'former_results', 'LiveReport']
+           'alarms', 'alarm_table', 'tolerance', 'divergence', 'too_little', 'way_percent', 'verdict', 'because_table',
+           'verdict_table', 'find_reference', 'bundle', 'StoredRun', 'check_bundle', 'overall', 'as_results',
+           'recompute', 'results', 'former_results', 'LiveReport']
 
 # %% ../nbs/17_report.ipynb #84222563
 import contextlib
@@ -47,34 +47,47 @@ from hybrid_nb.account import (
     total_memory,
 )
 from .config import Config, ConfigError, asdict, from_dict
+from .data import LEAST_DOCUMENTS, LEAST_TOKENS
+from .evaluate import MOST_NATS, perplexity
 from .runs import check_name, in_checkout, load_run, run_name
-from .train import ProgressLines, lr_at
+from .train import ProgressLines, highest_lr, lr_at
 
 # %% ../nbs/17_report.ipynb #2f6f1f25
+def _missing(value: Any) -> bool:
+    return value is None or pd.api.types.is_scalar(value) and pd.isna(value)
+
 def _text(value: Any, pattern: str | None) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _missing(value):
         return ""
-    if isinstance(value, bool):
+    if pd.api.types.is_bool(value):
         return "yes" if value else "no"
+    if pd.api.types.is_integer(value) and pattern:
+        pattern = pattern.replace(".0f", "d")  # which keeps every digit
     text = pattern.format(value) if pattern else str(value)
     return "".join(c if c.isprintable() else " " for c in text)
+
+def _is_number(values: Iterable[Any]) -> bool:
+    "True where the values that are there are numbers."
+    there = [v for v in values if not _missing(v)]
+    return bool(there) and all(pd.api.types.is_number(v) and not pd.api.types.is_bool(v) for v in there)
 
 def _row(tag: str, cells: list[str], sides: list[str]) -> str:
     inner = (f'<{tag} style="text-align:{s}">{html.escape(c)}</{tag}>' for c, s in zip(cells, sides, strict=True))
     return f"<tr>{''.join(inner)}</tr>\n"
 
 class Table:
-    "A DataFrame with an HTML and a plain-text form."
+    "A DataFrame with an HTML and a plain-text form; each value of a list of rows is kept as it is."
 
     def __init__(
         self,
         rows: pd.DataFrame | list[dict],
         formats: dict[str, str] | None = None,  # column: format, as in '{:,}'
     ):
-        self.frame, formats = pd.DataFrame(rows), formats or {}
+        self.frame, formats = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object), formats or {}
         self.columns = [str(c) for c in self.frame.columns]
-        self.sides = ["right" if c in formats or self.frame[c].dtype.kind in "if" else "left" for c in self.columns]
-        rows = self.frame.astype(object).itertuples(index=False, name=None)
+        rows = list(self.frame.astype(object).itertuples(index=False, name=None))
+        values = zip(*rows, strict=True) if rows else [()] * len(self.columns)
+        self.sides = ["right" if c in formats or _is_number(v) else "left" for c, v in zip(self.columns, values, strict=True)]
         self.cells = [[_text(v, formats.get(c)) for c, v in zip(self.columns, row, strict=True)] for row in rows]
 
     def __repr__(self) -> str:
@@ -107,7 +120,7 @@ def parameter_table(config: Config) -> Table:
         layers = len({r.layer for r in members} - {None}) or None
         rows.append({"module": module, "shape": shape, "layers": layers, "trainable": trainable, "frozen": frozen,
                      "share": (trainable + frozen) / count_params(config).total})
-    return Table(rows, {"layers": "{:.0f}", "trainable": "{:,}", "frozen": "{:,}", "share": "{:.1%}"})
+    return Table(rows, {"layers": "{}", "trainable": "{:,}", "frozen": "{:,}", "share": "{:.1%}"})
 
 # %% ../nbs/17_report.ipynb #25cad08b
 def plan_table(plan: RunPlan) -> Table:
@@ -185,8 +198,8 @@ def headline(run) -> dict[str, Any]:
         "preset": run.config.name, "status": info["status"], "trial": info["trial"], "steps": run.config.train.steps,
         "steps_done": max((r["step"] for r in train + evals), default=0), "tokens": info["tokens_seen"],
         "params": params.total, "trainable": params.trainable, "frozen": params.frozen, "train_loss": last["loss"],
-        "val_loss": val, "val_ppl": math.exp(val) if val is not None else None, "bits_per_byte": last["bits_per_byte"],
-        "unigram_nats": data.get("unigram_nats"), "floor_nats": floor, "floor_ppl": math.exp(floor) if floor else None,
+        "val_loss": val, "val_ppl": perplexity(val) if val is not None else None, "bits_per_byte": last["bits_per_byte"],
+        "unigram_nats": data.get("unigram_nats"), "floor_nats": floor, "floor_ppl": perplexity(floor) if floor else None,
         "gap_nats": gap, "gap_percent": 100 * gap / floor if gap is not None else None, "tokens_per_s": rate,
         "mfu": mfu(rate, run.config, info["matmul_flops"]) if rate and info["matmul_flops"] else None,
         "memory_gib": last["memory_gib"], "duration_s": info["duration_s"], "device": resolved["device_name"],
@@ -222,14 +235,14 @@ def _plot_ppl(ax, run):
     for kind, name, text, style in (("train", "loss", "training", {"color": BLUE, "lw": 1}),
                                     ("eval", "val_loss", "validation", marked)):
         steps, losses = _series(run.records(kind), name)
-        ax.plot(steps, ppl := [math.exp(min(v, 50)) for v in losses], **style)
+        ax.plot(steps, ppl := [perplexity(v, 50) for v in losses], **style)
         curves += [(ppl[-1], steps[-1], text, style["color"])] if steps else []
     for i, (ppl, step, text, color) in enumerate(sorted(curves)):
         ax.annotate(f"{text} {ppl:.4g}", (step, ppl), xytext=(8, 5 if i else -11), textcoords="offset points",
                     color=color, fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5})
     for name, side in (("floor", "left"), ("unigram", "right")):
         if _finite(nats := run.info["data"].get(f"{name}_nats")):
-            _level(ax, math.exp(nats), f"{name} {math.exp(nats):.4g}", side)
+            _level(ax, perplexity(nats), f"{name} {perplexity(nats):.4g}", side)
     ax.set(yscale="log", xlabel="step", ylabel="perplexity", xlim=(0, 1.17 * max([1, *(c[1] for c in curves)])))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -414,12 +427,18 @@ def _watch_loss(run) -> tuple[str, str]:
 def _watch_lr(run) -> tuple[str, str]:
     t = run.config.train
     off, step = _worst(run.records("train"), lambda r, _: abs(r["lr"] - lr_at(t, r["step"] - 1)) / t.lr)
-    return ("alarm", f"off by {off:.1%} of the peak at step {step:,}") if off > 1e-5 else ("ok", "as scheduled")
+    if off > 1e-5:
+        return "alarm", f"off by {off:.1%} of the peak at step {step:,}"
+    if t.warmup_steps < t.steps:
+        return "ok", "as scheduled"
+    return "warn", f"as scheduled, at most {highest_lr(t) / t.lr:.0%} of the peak: warm-up of {t.warmup_steps:,} steps, run of {t.steps:,}"
 
 def _watch_grad(run) -> tuple[str, str]:
     norm, step = _worst([r for r in run.records("train") if _finite(r["grad_norm"])], lambda r, _: r["grad_norm"])
     skipped = sum(r["event"] == "overflow" for r in run.records("event"))
+    empty = sum(r["event"] == "empty" for r in run.records("event"))
     tail = f"; updates skipped by fp16 overflow: {skipped}" if skipped else ""
+    tail += f"; steps without targets, which updated nothing: {empty}" if empty else ""
     return _state(norm, 10, 100), f"largest {norm:.3g}, at step {step:,}{tail}"
 
 # %% ../nbs/17_report.ipynb #b5bcfea9
@@ -470,12 +489,25 @@ def tolerance(run) -> float:
     t, tokens = run.config.train, run.info["data"].get("valid_tokens") or 1
     return 6.0 / math.sqrt(min(tokens, t.eval_batches * t.batch_size * t.seq_len or tokens))
 
+# %% ../nbs/17_report.ipynb #c85b37b6
+def divergence(run) -> str:  # '' where it has not
+    "What of its last evaluation says that a run diverged."
+    evals = run.records("eval")
+    if not evals:
+        return ""
+    first, last = evals[0]["val_loss"], evals[-1]["val_loss"]
+    if not _finite(last):
+        return "the last validation loss is not finite"
+    guess = math.log(run.config.model.vocab_size)
+    if last <= min(MOST_NATS, max(first if _finite(first) else 0.0, 2 * guess)):
+        return ""
+    return f"the last validation loss is {last:,.1f} nats; a uniform guess has {guess:.1f}"
+
 # %% ../nbs/17_report.ipynb #335cc4db
-def _divergence(run, found: dict) -> list[str]:
+def _divergence(run) -> list[str]:
     "What says that a run diverged."
-    seen, val, uniform = dict((a.monitor, a.value) for a in alarms(run))["loss"], found["val_loss"], math.log(run.config.model.vocab_size)
-    says = [seen] if "not finite" in seen else []
-    return says + ([f"validation loss {val:.4f} is above that of a uniform guess, {uniform:.4f}"] if val and val > uniform else [])
+    seen = next(a.value for a in alarms(run) if a.monitor == "loss")
+    return ([seen] if "not finite" in seen else []) + ([why] if (why := divergence(run)) else [])
 
 def _doubts(run, found: dict) -> list[str]:
     "Alarms that count, and a loss that cannot be."
@@ -489,11 +521,22 @@ def _doubts(run, found: dict) -> list[str]:
 def _health(run, found: dict) -> dict[str, list[str]]:
     "What speaks against a run's health, by word, the worst first."
     gone, at = found["status"] not in ("done", "failed"), f"at step {found['steps_done']:,} of {found['steps']:,}"
-    return {"diverged": _divergence(run, found),
+    return {"diverged": _divergence(run),
             "failed": [f"the run failed: {run.info['error']}"] if found["status"] == "failed" else [],
             "alarms": _doubts(run, found),
             "interrupted": [f"the run is {found['status']} {at}"] if gone else [],
             "trial": [f"a trial of {found['steps']:,} steps says nothing of the whole schedule"] if found["trial"] else []}
+
+# %% ../nbs/17_report.ipynb #ac801306
+def too_little(run) -> list[str]:  # one sentence, or none
+    "What the last evaluation lacks to decide anything, and how to get it."
+    data, t, evals = run.info["data"], run.config.train, run.records("eval")
+    tokens, documents = evals[-1].get("tokens") if evals else None, data.get("valid_documents")
+    found = [f"{count:,} {what}{'s' * (count != 1)}" for count, least, what in ((tokens, LEAST_TOKENS, "token"),
+             (documents, LEAST_DOCUMENTS, "document")) if count is not None and count < least]
+    part = t.eval_batches and t.eval_batches * t.batch_size * t.seq_len < (data.get("valid_tokens") or 0)
+    more = "train.eval_batches higher (0: all that is held out)" if part else "data.valid_fraction higher, or give more text for validation"
+    return [f"a validation on {' of '.join(found)} decides nothing: set {more}"] if found else []
 
 # %% ../nbs/17_report.ipynb #06a73200
 def way_percent(
@@ -523,7 +566,8 @@ def verdict(
     "How far a run came, and whether it is healthy."
     found = headline(run)
     health = {word: says for word, says in _health(run, found).items() if says}
-    return {"verdict": next(iter(health), HEALTHY), "because": [s for says in health.values() for s in says] + _way(found, reference)}
+    against = [s for says in health.values() for s in says]
+    return {"verdict": next(iter(health), HEALTHY), "because": against + too_little(run) + _way(found, reference)}
 
 def because_table(
     found: dict[str, Any],  # 'verdict' and 'because'

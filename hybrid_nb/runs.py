@@ -4,25 +4,32 @@
 
 # %% auto #0
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'HEALTHY', 'HEALTH', 'SECRET_FORMS', 'RunError', 'secret_values',
-           'hide_secrets', 'scrub', 'check_name', 'run_name', 'fsync_dir', 'write_file', 'replace_file', 'write_json',
-           'io_errors', 'check_space', 'locked', 'append_record', 'read_records', 'checkpoints', 'forget_after',
-           'sha256_file', 'tensor_hash', 'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint',
-           'checkout', 'in_checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'load_run',
-           'claim_folder']
+           'hide_secrets', 'scrub', 'first_line', 'foreseen', 'last_words', 'Parser', 'check_name', 'run_name',
+           'fsync_dir', 'no_links', 'write_file', 'replace_file', 'write_json', 'remove', 'size_text', 'read_json',
+           'io_errors', 'check_space', 'lock_owner', 'locked', 'temporary_folder', 'append_record', 'read_records',
+           'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms', 'save_checkpoint', 'Checkpoint',
+           'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout', 'in_checkout', 'code_state', 'lock_hash',
+           'versions', 'machine', 'Run', 'read_info', 'load_run', 'claim_folder']
 
 # %% ../nbs/13_runs.ipynb #e7eeff31
+import argparse
 import base64
-import fcntl
+import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -31,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import hybrid_nb
-from .config import Config, asdict, config_hash, from_dict
+from .config import Config, asdict, config_hash, from_dict, shipped
+from .lock import is_held, lock_marker, take_lock
 
 # %% ../nbs/13_runs.ipynb #c9de8668
 USAGE, BAD_DATA, NUMERIC, IO, STOPPED = 64, 65, 70, 74, 75
@@ -68,7 +76,7 @@ def secret_values() -> frozenset[str]:
 
 # %% ../nbs/13_runs.ipynb #6ea913d7
 _WRAP = r"""(?:['"\\=]*(?:\r?\n|\\+[nr])[\s>|#]*['"]*)?"""  # where a long line was broken
-_ESCAPED_END = re.compile(r"\\+[nr]")
+_ESCAPED_END = re.compile(r"(?<!\\)\\++[nr]")
 _FILLING = str.maketrans("", "", "\t\r\n'\"\\=>|# ")
 _ESCAPE = r"[&%\\][\w#&;%\\]{0,60}?"
 
@@ -92,11 +100,11 @@ _START = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=\\x[0-9A-F
 _MAKERS = (
     r"hf_\w{16,}|api_org_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|gl[a-z]{2,8}-[\w-]{16,}|sk-[\w-]{20,}|[prs]k_(?:live|test)_\w{16,}|"
     r"A(?:KIA|SIA)[0-9A-Z]{16}|xox[a-z]-[\w-]{10,}|xapp-[\w-]{10,}|npm_\w{30,}|pypi-[\w-]{30,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|"
-    r"GOCSPX-[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,}|dop_v1_\w{30,}|nvapi-[\w-]{20,}|gsk_\w{20,}|xai-\w{20,}|r8_\w{20,}|dapi[0-9a-f]{32}|"
-    r"shp(?:at|ca|pa|ss)_\w{20,}|dckr_pat_[\w-]{20,}|AGE-SECRET-KEY-1\w{20,}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]+)?|"
+    r"GOCSPX-[\w-]{20,}|SG\.[\w-]{16,64}\.[\w-]{16,}|dop_v1_\w{30,}|nvapi-[\w-]{20,}|gsk_\w{20,}|xai-\w{20,}|r8_\w{20,}|dapi[0-9a-f]{32}|"
+    r"shp(?:at|ca|pa|ss)_\w{20,}|dckr_pat_[\w-]{20,}|AGE-SECRET-KEY-1\w{20,}|eyJ[\w-]{8,1000}\.[\w-]{8,}(?:\.[\w-]+)?|"
     r"https://(?:hooks\.slack\.com|discord(?:app)?\.com/api/webhooks|[\w.-]+\.webhook\.office\.com)/[^\s\"'<>\\]+")
-_NAMES = (r"[\w.-]*(?:token(?!iz|s)|secret|passw(?:or)?d|passphrase|api_?key|access_?key|signature|credential|auth|jwt|session)[\w.-]*|"
-          r"sig|key|pwd|pass")
+_NAMES = (r"[\w.-]{0,60}(?:token(?!iz|s)|secret|passw(?:or)?d|passphrase|api_?key|access_?key|signature|credential|auth|jwt|"
+          r"session)[\w.-]{0,60}|sig|key|pwd|pass")
 _ASSIGNED = (r"passw(?:or)?d|passphrase|api_?key|secret(?:_access)?_key|access_?key|(?:access|auth|refresh|session)_?token|client_secret|"
              r"private_?key|AccountKey|SharedAccessKey")
 _SECRET_FORMS = (  # what is in any text that a pattern fits, the pattern, and what stands there instead
@@ -106,13 +114,13 @@ _SECRET_FORMS = (  # what is in any text that a pattern fits, the pattern, and w
     (("=", "%3D", "%3d", "u003d"),
      rf"(?i)((?:[?&;#]|%3f|%26|%23|\\u0026)(?:{_NAMES})(?:=|%3d|\\u003d))(?:(?!%26|%23)[^\s&#;\"'<>\\])+", r"\1[redacted]"),
     (("=", ":"), rf"(?i)\b((?:{_ASSIGNED})(?:\\*[\"']?\s*=\s*\\*[\"']?|\\*[\"']\s*:\s*\\*[\"']))[^\s\"'<>&;,\\]{{6,}}", r"\1[redacted]"),
-    (("earer", "EARER"), r"(?i)\b(bearer\s+)(?=[^\s\"']*\d)[\w.~+/=-]{12,}", r"\1[redacted]"),
+    (("earer", "EARER"), r"(?i)\b(bearer\s+)(?=[^\s\"']{0,200}\d)[\w.~+/=-]{12,}", r"\1[redacted]"),
     (("uthorization", "UTHORIZATION", "rivate-", "RIVATE-", "-auth", "-key", "-Auth", "-Key", "-AUTH", "-KEY"),
-     r"(?i)\b((?:proxy-)?authorization|private-token|x-api-key|x-auth-token)(\\*[\"']?\s*[:=]\s*\\*[\"']?(?:(?:bearer|basic|token)\s+|(?=[^\s\"']*\d)))"
+     r"(?i)\b((?:proxy-)?authorization|private-token|x-api-key|x-auth-token)(\\*[\"']?\s*[:=]\s*\\*[\"']?(?:(?:bearer|basic|token)\s+|(?=[^\s\"']{0,200}\d)))"
      r"[\w.~+/=-]{6,}", r"\1\2[redacted]"),
-    (("@", "%40"), r"(?i)(\b[a-z][\w+.-]*(?::|%3a)(?:\\*/|%2f){2})"
-                   r"(?:[^\s/:@\"'<>]*(?::|%3a)(?!\d{1,5}[/?#])[^\s\"'<>]*|[^\s/\"'<>]*)(?:@|%40)", r"\1"),
-    (("hf:",), r"\b(hf:)[^\s/@\"'<>]*(?:@|:[^\s@\"'<>]*@)", r"\1"),
+    (("@", "%40"), r"(?i)(\b[a-z][\w+.-]{0,30}(?::|%3a)(?:\\*/|%2f){2})"
+                   r"(?:[^\s/:@\"'<>]{0,200}(?::|%3a)(?!\d{1,5}[/?#])[^\s\"'<>]{0,500}|[^\s/\"'<>]{0,500})(?:@|%40)", r"\1"),
+    (("@",), r"\b(hf:)(?:[^\s/@\"'<>]{0,500}|[^\s/@:\"'<>]{0,100}:[^\s@\"'<>]{0,500})@", r"\1"),
 )
 SECRET_FORMS = tuple((marks, re.compile(pattern), instead) for marks, pattern, instead in _SECRET_FORMS)
 
@@ -144,6 +152,58 @@ def scrub(
         return [scrub(v, values) for v in value]
     return {scrub(k, values): scrub(v, values) for k, v in value.items()} if isinstance(value, dict) else value
 
+# %% ../nbs/13_runs.ipynb #34b70d83
+_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.I)
+_WORKER = re.compile(r"DataLoader worker .*(killed|exited|terminated)")
+
+def first_line(text: Any) -> str:
+    "The first line of a message that has something on it."
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
+
+def foreseen(error: BaseException) -> tuple[str, int] | None:
+    "One line and the exit code for an error of a user's or a machine's making; None for any other."
+    text = first_line(error)
+    told = f"{type(error).__name__}: {text}".removesuffix(": ")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", STOPPED
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and _MEMORY.search(text):
+        return f"out of memory: {told}", IO
+    if isinstance(error, RuntimeError) and _WORKER.search(text):
+        return f"a process that prepares batches ended; the same command continues ({text})", STOPPED
+    if hasattr(error, "exit_code"):
+        return told, error.exit_code
+    return (told, IO) if isinstance(error, OSError) else None
+
+def last_words(
+    error: BaseException,  # what ends a program
+    folder: Path | None = None,  # of the log; None, or where it cannot be written: the system's temporary folder
+    clean: Callable[[str], str] = str,  # takes from a traceback what nobody else should read
+) -> tuple[str, int]:  # one line, and the exit code
+    "What a program says at its end; the traceback of an unforeseen error is kept in a log file that the line names."
+    found = foreseen(error)
+    if found is not None:
+        return found
+    text = clean("".join(traceback.format_exception(error)))
+    code = BAD_DATA if isinstance(error, ValueError | RecursionError) else NUMERIC if isinstance(error, ArithmeticError) else 1
+    kept = ""
+    for place in (folder, None):
+        try:
+            fd, kept = tempfile.mkstemp(".log", "error-", place)
+        except OSError:
+            continue
+        with open(fd, "w", errors="backslashreplace") as f:
+            f.write(text)
+        break
+    told = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+    return clean(told) + (f" (unforeseen; the traceback is in {kept})" if kept else ""), code
+
+class Parser(argparse.ArgumentParser):
+    "A parser of a command line that says in one line what is wrong with it."
+
+    def error(self, message: str):
+        "Raise what is wrong."
+        raise RunError(message)
+
 # %% ../nbs/13_runs.ipynb #12d0ef44
 def check_name(name: str) -> str:
     "The name, if it is one plain lower-case word that can name a folder."
@@ -167,9 +227,25 @@ def fsync_dir(path: Path):
     finally:
         os.close(fd)
 
+def no_links(path: str | Path, flags: int) -> int:  # file descriptor
+    "An `opener` of `open`: an ordinary file, and neither a link to one nor, for writing, one that has a second name."
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise RunError(f"{path} is a link; files of a run are opened without following links", BAD_DATA) from None
+        raise
+    about = os.fstat(fd)
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    if not stat.S_ISREG(about.st_mode) or writes and about.st_nlink > 1:
+        os.close(fd)
+        what = "has a second name, as a hard link has" if stat.S_ISREG(about.st_mode) else "is no ordinary file"
+        raise RunError(f"{path} {what}", BAD_DATA)
+    return fd
+
 def write_file(path: Path, data: bytes):
-    "Write a file durably, in place."
-    with open(path, "wb") as f:
+    "Write a new file durably."
+    with open(path, "xb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
@@ -178,6 +254,7 @@ def replace_file(path: Path, data: bytes):
     "Replace a file at once: readers see the old one or the new one."
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
+        temporary.unlink(missing_ok=True)
         write_file(temporary, data)
         os.replace(temporary, path)
     finally:
@@ -186,6 +263,37 @@ def replace_file(path: Path, data: bytes):
 def write_json(path: Path, value: Any):
     "Replace a JSON file at once, secrets taken out."
     replace_file(path, (json.dumps(scrub(value), indent=1, sort_keys=True) + "\n").encode())
+
+def remove(path: Path):
+    "Remove a file, a folder or a link, not what the link leads to."
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+def size_text(size: float) -> str:  # of bytes
+    "A size in the unit that shows it."
+    unit = min(int(math.log2(max(size, 1))) // 10, 4)
+    return f"{size / 1024**unit:,.2f} {('', 'Ki', 'Mi', 'Gi', 'Ti')[unit]}B" if unit else f"{size:,.0f} bytes"
+
+# %% ../nbs/13_runs.ipynb #c1b84f88
+def read_json(
+    path: Path,
+    most: int = 1 << 26,  # bytes
+) -> dict[str, Any]:
+    "The object in a JSON file; RunError, with the file's name, for anything else."
+    try:
+        with open(path, "rb", opener=no_links) as f:
+            data = f.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"it has more than {size_text(most)}")
+        value = json.loads(data.decode())
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}", IO) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path} is damaged: {first_line(error)}", BAD_DATA) from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is damaged: it holds {type(value).__name__}, not an object with names", BAD_DATA)
+    return value
 
 # %% ../nbs/13_runs.ipynb #80534d61
 @contextmanager
@@ -208,67 +316,146 @@ def check_space(folder: Path, need: int):  # bytes
     with io_errors(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".tmp-probe-{os.getpid()}"
-        probe.touch()
+        probe.unlink(missing_ok=True)
+        probe.touch(exist_ok=False)
         probe.unlink()
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise RunError(f"{folder} has {free / 2**30:.2f} GiB free; a run needs {need / 2**30:.2f} GiB (three checkpoints)", IO)
+        raise RunError(f"{folder} has {size_text(free)} free; a run needs {size_text(need)} (three checkpoints)", IO)
 
 # %% ../nbs/13_runs.ipynb #28dde655
-_held = set()
-os.register_at_fork(after_in_child=lambda: [f.close() for f in _held])
+def lock_owner(path: Path) -> str:
+    "The process that a lock names."
+    marker = lock_marker(path)
+    with open(marker if marker.exists() else path, "rb", opener=no_links) as f:
+        return f.readline(20).decode(errors="replace").strip() or "?"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     "Hold a run folder; a second process is refused."
-    with open(folder / "lock", "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            raise RunError(f"run folder {folder} is in use by process {f.read().strip() or '?'}") from None
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
-        _held.add(f)
-        try:
-            yield
-        finally:
-            _held.discard(f)
+    path = folder / "lock"
+    with open(path, "ab", opener=no_links), io_errors(f"cannot lock {path}"):
+        lock = take_lock(path, 0.3)  # whoever only asks whether it is held lets go at once
+    if lock is None:
+        raise RunError(f"run folder {folder} is in use by process {lock_owner(path)}")
+    try:
+        with open(path, "r+b", opener=no_links) as f:
+            f.truncate()
+            f.write(f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        lock.release()
+
+# %% ../nbs/13_runs.ipynb #55aff041
+def _abandoned(folder: Path) -> bool:
+    "Whether a temporary folder is ours and complete, so that one that nobody holds has been left."
+    about = folder.lstat()
+    old = about.st_mtime < time.time() - 1  # a younger one may not be locked yet
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and old and (folder / "lock").is_file()
+
+def _remove_abandoned(root: Path):
+    "Remove the temporary folders under a folder that killed processes left."
+    for folder in root.glob("hnb-*"):
+        with suppress(OSError, RunError):
+            lock = take_lock(folder / "lock") if _abandoned(folder) else None
+            if lock:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.release()
+
+@contextmanager
+def temporary_folder(
+    root: Path | None = None,  # in which it is made; None: the system's
+) -> Iterator[Path]:
+    "A folder of this process until it leaves the block or is killed."
+    root = Path(root or tempfile.gettempdir())
+    _remove_abandoned(root)
+    folder = Path(tempfile.mkdtemp(prefix="hnb-", dir=root))
+    try:
+        with locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/13_runs.ipynb #6b4401bd
+_CHECK = re.compile(rb', "check": "([0-9a-f]{16})"\}\Z')
+
+def _check(before: bytes, body: bytes) -> bytes:
+    return hashlib.sha256(before + body).hexdigest()[:16].encode()
+
+def _line(before: bytes, record: dict[str, Any]) -> bytes:
+    "A record as a line of metrics.jsonl, which vouches for the line before."
+    body = json.dumps(record).encode()
+    return body[:-1] + b', "check": "' + _check(before, body) + b'"}'
+
+def _read_line(before: bytes, line: bytes) -> dict[str, Any]:
+    "The record of a line; ValueError where it is not what was written after the line before."
+    found = _CHECK.search(line)
+    body = line[: found.start()] + b"}" if found else line
+    if found[1] != _check(before, body) if found else _CHECK.search(before):  # lines of earlier versions, without checks, come first
+        raise ValueError("its check differs")
+    record = json.loads(body.decode())
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or type(record.get("step")) is not int:
+        raise ValueError("it is no record of a kind and a step")
+    return record
+
+def _last_line(f) -> bytes:
+    "The last whole line of an open file, of which a line without an end is cut off."
+    end, size = f.seek(0, os.SEEK_END), 1 << 12
+    while True:
+        start = max(end - size, 0)
+        f.seek(start)
+        tail = f.read(end - start)
+        lines = tail.split(b"\n")
+        if len(lines) > 2 or start == 0:
+            f.truncate(end - len(lines[-1]))
+            f.seek(0, os.SEEK_END)
+            return lines[-2] if len(lines) > 1 else b""
+        size *= 4
+
 def append_record(folder: Path, kind: str, step: int, **values):
     "Add one record to a run's metrics."
-    with open(folder / "metrics.jsonl", "a") as f:
-        f.write(json.dumps({"kind": kind, "step": step, **scrub(values)}) + "\n")
+    with open(folder / "metrics.jsonl", "ab+", opener=no_links) as f:
+        f.write(_line(_last_line(f), {"kind": kind, "step": step, **scrub(values)}) + b"\n")
 
 def read_records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     "A run's records, of one kind or all; a line cut short by a kill is passed over."
-    path, records = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    path, records, before = folder / "metrics.jsonl", [], b""
+    if not os.path.lexists(path):
+        return []
+    with open(path, "rb", opener=no_links) as f:
+        *lines, _ = f.read().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            records.append(_read_line(before, line))
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path} is damaged in line {number}: {first_line(error)}", BAD_DATA) from None
+        before = line
     return [r for r in records if kind in (None, r["kind"])]
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 def checkpoints(folder: Path) -> list[Path]:
     "A run's checkpoints, the newest first."
-    found = [p for p in (folder / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: -int(p.name[5:]))
+    root = folder / "checkpoints"
+    if root.is_symlink():
+        raise RunError(f"{root} is a link; files of a run are opened without following links", BAD_DATA)
+    return sorted((p for p in root.glob("step-*") if _STEP.fullmatch(p.name)), key=lambda p: -int(p.name[5:]))
 
 def forget_after(folder: Path, step: int):
     "Drop the records and checkpoints of steps after `step`, and temporary files."
-    keep = [json.dumps(r) + "\n" for r in read_records(folder) if r["step"] <= step]
-    replace_file(folder / "metrics.jsonl", "".join(keep).encode())
+    lines = [b""]
+    for record in read_records(folder):
+        if record["step"] <= step:
+            lines.append(_line(lines[-1], record))
+    replace_file(folder / "metrics.jsonl", b"".join(line + b"\n" for line in lines[1:]))
     late = [p for p in checkpoints(folder) if int(p.name[5:]) > step]
     for path in (*late, *folder.glob(".tmp-*"), *(folder / "checkpoints").glob(".tmp-*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
 
 # %% ../nbs/13_runs.ipynb #28803e21
 def sha256_file(path: Path) -> str:
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f:
+    with open(path, "rb", opener=no_links) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 def tensor_hash(tensors: dict) -> str:
@@ -281,6 +468,10 @@ def tensor_hash(tensors: dict) -> str:
         digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
         digest.update(t.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+def tensor_forms(tensors: dict) -> dict[str, list]:  # name: type and sizes, as a manifest has them
+    "What tensors are, without their numbers."
+    return {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()}
 
 def _manifest_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -299,10 +490,11 @@ def save_checkpoint(
     root = folder / "checkpoints"
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
     with io_errors(f"cannot save the checkpoint of step {step} under {root}"):
+        checkpoints(folder)
         root.mkdir(exist_ok=True)
-        if final.exists():
+        if os.path.lexists(final):
             raise RunError(f"{final} exists: a checkpoint is never written over")
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
         try:
             files = {}
@@ -313,7 +505,7 @@ def save_checkpoint(
                     os.fsync(f.fileno())
                 files[path.name] = {
                     "sha256": sha256_file(path), "size": path.stat().st_size,
-                    "tensors": {n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in tensors.items()}}
+                    "tensors": tensor_forms(tensors)}
             manifest = {"step": step, "files": files, "state": state}
             write_file(temporary / "manifest.json", json.dumps(manifest | {"sha256": _manifest_hash(manifest)}).encode())
             fsync_dir(temporary)
@@ -324,7 +516,7 @@ def save_checkpoint(
             raise
         for old in checkpoints(folder)[keep:]:
             doomed = old.rename(root / f".tmp-old-{old.name}")
-            shutil.rmtree(doomed)
+            remove(doomed)
     return final
 
 # %% ../nbs/13_runs.ipynb #e5ca4441
@@ -336,37 +528,79 @@ class Checkpoint:
     groups: dict[str, dict]  # file name: tensors by name
     state: dict[str, Any]
 
+    def refuse(self, what: str):
+        "Raise, with what is wrong."
+        raise RunError(f"checkpoint {self.path} {what}", BAD_DATA)
+
+    def expect(self, group: str, forms: dict[str, list]):
+        "Raise unless a group holds tensors of just these names, types and sizes."
+        there = tensor_forms(self.groups.get(group, {}))
+        for name in sorted(forms.keys() | there.keys()):
+            (has, wants) = (" x ".join(map(str, of[name])) if name in of else "nothing" for of in (there, forms))
+            if has != wants:
+                self.refuse(f"has {has} as {group}.{name}, not {wants}")
+
+_FILE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}\.safetensors")
+
+def _check_manifest(path: Path, manifest: dict[str, Any]):
+    "Raise unless a manifest says what `save_checkpoint` writes."
+    step, files = manifest.get("step"), manifest.get("files")
+    if type(step) is not int or path.name != f"step-{step}":
+        raise RunError(f"checkpoint {path} says that it is of step {step!r}", BAD_DATA)
+    if not isinstance(files, dict) or not isinstance(manifest.get("state"), dict):
+        raise RunError(f"checkpoint {path / 'manifest.json'} lacks files or state", BAD_DATA)
+    for name in files:
+        if not _FILE.fullmatch(name):
+            raise RunError(f"checkpoint {path} names a file {name!r}, which no checkpoint has", BAD_DATA)
+
 def read_checkpoint(path: Path) -> Checkpoint:
     "One checkpoint, every byte of it verified against its manifest."
     from safetensors.torch import load_file
 
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest.pop("sha256") != _manifest_hash(manifest):
+        if path.is_symlink():
+            raise RunError(f"checkpoint {path} is a link; files of a run are opened without following links", BAD_DATA)
+        manifest = read_json(path / "manifest.json", 1 << 30)
+        if manifest.pop("sha256", None) != _manifest_hash(manifest):
             raise RunError(f"checkpoint {path / 'manifest.json'} is damaged: its SHA-256 is not its own", BAD_DATA)
+        _check_manifest(path, manifest)
+        groups = {}
         for name, entry in manifest["files"].items():
             file = path / name
             if file.stat().st_size != entry["size"]:
                 raise RunError(f"checkpoint {file} has {file.stat().st_size} bytes, its manifest says {entry['size']}", BAD_DATA)
             if sha256_file(file) != entry["sha256"]:
                 raise RunError(f"checkpoint {file} is damaged: its SHA-256 is not the manifest's", BAD_DATA)
-    except (OSError, KeyError, ValueError, AttributeError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"checkpoint {path} is not whole: {type(error).__name__}: {error}", BAD_DATA) from None
-    groups = {Path(name).stem: load_file(path / name) for name in manifest["files"]}
-    return Checkpoint(path, manifest["step"], groups, manifest["state"])
+            groups[file.stem] = load_file(file)
+            if tensor_forms(groups[file.stem]) != entry["tensors"]:
+                raise RunError(f"checkpoint {file} holds other tensors than its manifest says", BAD_DATA)
+        return Checkpoint(path, manifest["step"], groups, manifest["state"])
+    except (RunError, MemoryError):
+        raise
+    except Exception as error:  # whatever a stranger's file brings about
+        raise RunError(f"checkpoint {path} is not whole: {type(error).__name__}: {first_line(error)}",
+                       BAD_DATA) from None
 
 def latest_checkpoint(
     folder: Path,
-) -> tuple[Checkpoint | None, list[str]]:  # the newest whole one, and why newer ones were passed over
+    check: Callable[[Checkpoint], None] = lambda found: None,  # raises RunError where it is not what is needed
+    agree: Callable[[bool], bool] = bool,  # whether all processes can read it, where several look; each calls it as often
+    paths: list[Path] | None = None,  # those to look at, the newest first; None: as this process finds them
+) -> tuple[Checkpoint | None, list[str]]:  # the newest good one, and why newer ones were passed over
     "The newest checkpoint that verifies."
     skipped = []
-    for path in checkpoints(folder):
+    for path in checkpoints(folder) if paths is None else paths:
         try:
-            return read_checkpoint(path), skipped
-        except RunError as error:
-            skipped.append(str(error))
+            found, why = read_checkpoint(path), ""
+            check(found)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a stranger's file brings about
+            known = isinstance(error, RunError)
+            why = str(error) if known else f"checkpoint {path} is damaged: {type(error).__name__}: {first_line(error)}"
+        if agree(not why):
+            return found, skipped
+        skipped.append(why or f"checkpoint {path} cannot be read by another process")
     if skipped:
         raise RunError(f"no checkpoint of {folder} can be read; the newest: {skipped[0]}", BAD_DATA)
     return None, []
@@ -376,14 +610,24 @@ def checkout() -> Path:
     "The folder that holds the package: the repository's root, where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
 
+def is_checkout() -> bool:
+    "False for an installed package, which holds its pipelines itself."
+    return shipped() == checkout() and (checkout() / "settings.ini").is_file()
+
 def in_checkout(
     folder: str | Path,  # a relative one lies in the checkout, or where there is none in the working folder
 ) -> Path:
     "Where a folder is that notebooks and commands name alike, wherever they run."
-    return (checkout() if (checkout() / "settings.ini").is_file() else Path.cwd()) / folder
+    return (checkout() if is_checkout() else Path.cwd()) / folder
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    "What git prints of the checkout; None without one, without git, and of a repository that only surrounds the package."
+    if not is_checkout():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout if done.returncode == 0 else None
 
 def code_state() -> dict[str, Any]:
@@ -396,7 +640,7 @@ def code_state() -> dict[str, Any]:
 def lock_hash() -> str | None:
     "SHA-256 of constraints.txt, where the checkout has it."
     path = checkout() / "constraints.txt"
-    return sha256_file(path) if path.exists() else None
+    return sha256_file(path) if is_checkout() and path.exists() else None
 
 def versions() -> dict[str, str]:
     "Versions of what a number depends on."
@@ -424,16 +668,37 @@ class Run:
         "Records of metrics.jsonl, of one kind or all."
         return read_records(self.path, kind)
 
+_NUMBER = int | float
+_INFO = {"name": str, "status": str, "error": str | None, "config": dict, "config_hash": str, "resolved": dict, "data": dict,
+         "params": dict, "tokens_seen": _NUMBER, "duration_s": _NUMBER}  # of run.json, what every version has
+_LATER_INFO = {"world_size": int, "weights": dict, "versions": dict, "machine": dict, "git": dict, "global_batch": int}
+
+def read_info(path: Path) -> dict[str, Any]:
+    "A run.json, of which everything that readers rely on is there and of its type."
+    info = read_json(path)
+    for name, kind in (_INFO | _LATER_INFO).items():
+        if name in _INFO and name not in info or not isinstance(info.get(name), kind | None if name in _LATER_INFO else kind):
+            raise RunError(f"{path} is damaged: {name} is {str(info.get(name, 'missing'))[:80]}", BAD_DATA)
+    for name in ("world_size", "global_batch"):
+        if not 0 < (info.get(name) or 1) < 1 << 31:
+            raise RunError(f"{path} is damaged: {name} is {str(info[name])[:80]}", BAD_DATA)
+    return info
+
 def load_run(path: str | Path) -> Run:
-    "The run in a folder."
+    "The run in a folder; one that its process left without a word is interrupted."
     path = Path(path)
     if not (path / "run.json").is_file():
         near = sorted(p.parent.name for p in path.parent.glob("*/run.json"))
         shown = get_close_matches(path.name, near, n=5, cutoff=0.0)
         there = f"; {path.parent} has {', '.join(shown)}{' and others' * (len(near) > len(shown))}" if near else ""
         raise RunError(f"no run in {path}{there}", BAD_DATA)
-    info = json.loads((path / "run.json").read_text())
-    return Run(path, info, from_dict(info["config"]))
+    info = read_info(path / "run.json")
+    if info["status"] == "running" and not is_held(path / "lock"):
+        info |= {"status": "interrupted", "error": "its process ended; the same command continues"}
+    try:
+        return Run(path, info, from_dict(info["config"]))
+    except Exception as error:  # whatever a stranger's file brings about
+        raise RunError(f"{path / 'run.json'} is damaged: its config: {first_line(error)}", BAD_DATA) from None
 
 # %% ../nbs/13_runs.ipynb #a58284dc
 def claim_folder(folder: Path, config: Config):
@@ -443,10 +708,16 @@ def claim_folder(folder: Path, config: Config):
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_json(path, asdict(config))
-    there, here = json.loads(path.read_text()), scrub(asdict(config))
-    for part in ("model", "train", "data"):
+    there, here = read_json(path), scrub(asdict(config))
+    parts = ("model", "train", "data")
+    for part in parts:
+        if not isinstance(there.get(part), dict):
+            raise RunError(f"{path} is damaged: it has no {part}", BAD_DATA)
         for name in here[part] | there[part]:
             values = [of[part].get(name, "the default") for of in (there, here)]
             if values[0] != values[1]:
                 raise RunError(f"run folder {folder} is of another configuration: "
                                f"{part}.{name} is {values[0]!r} there and {values[1]!r} here")
+    for part in sorted((here.keys() | there.keys()) - {*parts, "name"}):
+        if here.get(part) != there.get(part):
+            raise RunError(f"run folder {folder} is of another configuration: {part} is {there.get(part)} there and {here.get(part)} here")

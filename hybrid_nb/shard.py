@@ -10,15 +10,12 @@ __all__ = ['MODES', 'BY_OUTPUT', 'BY_INPUT', 'TOLERANCE', 'STATED', 'HOLDS', 'SC
            'recompute', 'main']
 
 # %% ../nbs/27_shard.ipynb #c726bce3
-import argparse
 import json
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -54,10 +51,23 @@ from hybrid_nb.config import (
 from .decoder import checkpoint_activations
 from .hybrid import make_model
 from .orthogonal import seeded_weights
+from .rates import fast_float32
 from .report import Table, as_results, check_bundle
-from .runs import BAD_DATA, RunError, claim_folder, forget_after, latest_checkpoint, load_run, save_checkpoint
+from hybrid_nb.runs import (
+    BAD_DATA,
+    Parser,
+    RunError,
+    append_record,
+    claim_folder,
+    forget_after,
+    last_words,
+    latest_checkpoint,
+    load_run,
+    save_checkpoint,
+    temporary_folder,
+)
 from .study import t_interval
-from .train import World, fast_float32, join_world, leave, make_optimizer, update
+from .train import World, global_batch, join_world, leave, make_optimizer, split_batch, update
 
 # %% ../nbs/27_shard.ipynb #5ad1b62b
 MODES = ("ddp", "zero1", "zero2", "zero3", "tp2")
@@ -274,7 +284,7 @@ class Layout:
     @property
     def readers(self) -> World:
         "This process among those that read batches of their own."
-        return World(0, 1) if self.mode == "tp2" else self.world
+        return World(0, 1, copies=2) if self.mode == "tp2" else self.world
 
     @property
     def together(self) -> bool:
@@ -337,7 +347,7 @@ def run_trials(
     steps: int = 10,
 ) -> dict[str, dict]:  # mode: as `run_trial`, bytes a list over the processes; 'one': in this process
     "The same updates in one process and, by torchrun on two, in each layout."
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         (Path(folder) / "config.yaml").write_text(to_yaml(config))
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hybrid_nb.shard", "trial",
                  "--config", f"{folder}/config.yaml", "--out", folder, "--steps", str(steps), "--modes", *modes]
@@ -382,14 +392,12 @@ def move(
         raise RunError(f"{source} has no checkpoint to continue from", BAD_DATA)
     if (folder / "config.json").exists():
         raise RunError(f"{folder} holds a run already")
-    t = run.config.train
-    before = 1 if run.info.get("parallel") == "tp2" else run.info["world_size"]
-    accum, rest = divmod(t.grad_accum * before, readers)
-    if rest or readers < 1:
-        raise ConfigError(f"{readers} processes do not divide the {t.grad_accum} micro-batches of each of {before} processes")
-    config = replace(run.config, train=replace(t, grad_accum=accum))
+    if readers < 1:
+        raise ConfigError(f"readers={readers} must be at least 1")
+    config = replace(run.config, train=split_batch(run.config.train, global_batch(run.info, run.config.train, 1), readers))
     claim_folder(folder, config)
-    shutil.copy(source / "metrics.jsonl", folder)
+    for record in run.records():
+        append_record(folder, **record)
     forget_after(folder, found.step)
     save_checkpoint(folder, found.step, found.groups, found.state | {"config_hash": config_hash(config)})
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -559,7 +567,7 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
 # %% ../nbs/27_shard.ipynb #4bbd1559
 def main(argv: list[str] | None = None):
     "Trials under torchrun, a run on another number of processes, or a SLURM job."
-    parser = argparse.ArgumentParser(prog="python -m hybrid_nb.shard", description=main.__doc__)
+    parser = Parser(prog="python -m hybrid_nb.shard", description=main.__doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
     trial = jobs.add_parser("trial", help="a few updates in each layout, under torchrun")
     trial.add_argument("--config", required=True)
@@ -578,9 +586,10 @@ def main(argv: list[str] | None = None):
     job.add_argument("--gpus", type=int, default=8)
     job.add_argument("--cpus", type=int, default=16)
     job.add_argument("--time", default="24:00:00")
-    values = vars(parser.parse_args(argv))
-    kind, code = values.pop("job"), 0
+    code, together = 0, False
     try:
+        values = vars(parser.parse_args(argv))
+        kind = values.pop("job")
         if kind == "trial":
             world, _ = join_world("cpu")
             found = {mode: run_trial(load_config(values["config"]), mode, world, values["steps"]) for mode in values["modes"]}
@@ -590,10 +599,11 @@ def main(argv: list[str] | None = None):
             print(f"{values['folder']} continues {values['source']}: train it with --config {values['folder']}/config.yaml")
         else:
             print(sbatch_script(**values), end="")
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = getattr(error, "exit_code", 1)
-    leave(code)
+        together = True
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = last_words(error)
+        print(line, file=sys.stderr)
+    leave(code, together)
 
 # %% ../nbs/27_shard.ipynb #21749eb6
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file

@@ -27,8 +27,9 @@ from .account import count_params, flops_per_token
 from .benchmark import Contender, make_step, race
 from .config import Config, ConfigError, HybridConfig, asdict, from_dict, get_config
 from .decoder import make_decoder
+from .rates import DTYPES, fast_float32, settle_precision
 from .report import Picture, Table, as_results, check_bundle
-from .train import DTYPES, fast_float32, make_optimizer
+from .train import make_optimizer
 
 # %% ../nbs/29_speed.ipynb #1243e4aa
 ARMS = {"B, trainable": "orthogonal", "C, frozen": "frozen-orthogonal"}  # the state of Q and K
@@ -110,7 +111,7 @@ class Speed:
 def measure_speed(
     config: Config,
     rounds: int = 5,  # >= 2
-    precision: str = "bf16",
+    precision: str = "auto",  # 'auto': the fastest; 'fp32' or 'bf16'
     compile: bool = False,
     device: str = "cpu",
     least_s: float = 0.0,  # seconds of a turn at least
@@ -119,6 +120,7 @@ def measure_speed(
     if rounds < 2:
         raise ConfigError(f"rounds={rounds} must be at least 2: one has no interval")
     where, _ = torch.device(device), _pair(config)
+    precision = settle_precision(precision, where)
     steps: dict[str, Callable[[], Any]] = {
         name: make_step(Contender("hybrid-nb", precision, compile, (("q", state), ("k", state), ("ortho_shared", False))), config, where)
         for name, state in ARMS.items()}
@@ -142,11 +144,12 @@ PARTS = ("forward", "backward", "gradient norm", "AdamW")
 def time_parts(
     config: Config,
     repeat: int = 5,
-    precision: str = "bf16",
+    precision: str = "auto",  # 'auto': the fastest; 'fp32' or 'bf16'
     device: str = "cpu",
 ) -> pd.DataFrame:  # median seconds: a row a part, a column an arm
     "Time the parts of a step of B and C, uncompiled, in turns."
     where, arms = torch.device(device), dict(zip(ARMS, _pair(config), strict=True))
+    precision = settle_precision(precision, where)
     wait = torch.cuda.synchronize if where.type == "cuda" else lambda: None
     models = {name: make_decoder(c.model).to(where).train() for name, c in arms.items()}
     optimizers = {name: make_optimizer(model, config.train) for name, model in models.items()}
@@ -189,13 +192,14 @@ def parts_table(parts: pd.DataFrame) -> Table:
 # %% ../nbs/29_speed.ipynb #f2ba3432
 def profile_ops(
     config: Config,
-    precision: str = "bf16",
+    precision: str = "auto",  # 'auto': the fastest; 'fp32' or 'bf16'
     device: str = "cpu",
     most: int = 8,  # operations shown; the rest is one row
 ) -> pd.DataFrame:  # share of a step's time by operation, a column an arm
     "The operations of a step of B and of C."
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else reports its own start and end
     where, shares = torch.device(device), {}
+    precision = settle_precision(precision, where)
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if where.type == "cuda" else [])
     for name, state in ARMS.items():
         step = make_step(Contender("hybrid-nb", precision, change=(("q", state), ("k", state), ("ortho_shared", False))), config, where)

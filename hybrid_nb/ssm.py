@@ -14,8 +14,12 @@ import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -26,13 +30,17 @@ from transformers import initialization as init
 from .config import HybridConfig
 
 # %% ../nbs/07_ssm.ipynb #427a3f89
-def _check_scan(x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, state_BEN: Tensor | None):
+def _check_scan(
+    x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, state_BEN: Tensor | None, first_BT: Tensor | None
+):
     if x_BTE.dim() != 3 or A_EN.dim() != 2 or x_BTE.shape[1] < 1:
         raise ValueError(f"x{tuple(x_BTE.shape)} and A{tuple(A_EN.shape)} must be (B, T >= 1, E) and (E, N)")
     (B, T, E), N = x_BTE.shape, A_EN.shape[1]
     wanted = {"dt": (dt_BTE, (B, T, E)), "A": (A_EN, (E, N)), "B": (B_BTN, (B, T, N)), "C": (C_BTN, (B, T, N))}
     if state_BEN is not None:
         wanted["state"] = (state_BEN, (B, E, N))
+    if first_BT is not None:
+        wanted["first"] = (first_BT, (B, T))
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}{tuple(tensor.shape)} does not fit x{(B, T, E)} and A{tuple(A_EN.shape)}: {shape} is needed")
@@ -54,12 +62,14 @@ def selective_scan_reference(
     B_BTN: Tensor,
     C_BTN: Tensor,
     state_BEN: Tensor | None = None,  # the state before the first token; None: zeros
+    first_BT: Tensor | None = None,  # bool: True where a text begins, before which the state is zero; None: nowhere
 ) -> tuple[Tensor, Tensor]:  # y (B, T, E) in the type of x, and the state after the last token (B, E, N)
     "The selective scan by a loop over time."
-    _check_scan(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN)
+    _check_scan(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN, first_BT)
     x, dt, A, B, C, state = _widen(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, _first_state(x_BTE, A_EN, state_BEN))
     ys = []
     for t in range(x.shape[1]):
+        state = state if first_BT is None else state.masked_fill(first_BT[:, t, None, None], 0)
         state = (dt[:, t, :, None] * A).exp() * state + (dt[:, t] * x[:, t])[..., None] * B[:, t, None]
         ys.append((state @ C[:, t, :, None])[..., 0])
     return torch.stack(ys, 1).to(x_BTE.dtype), state
@@ -72,13 +82,18 @@ def _split(t_BTX: Tensor, length: int) -> Tensor:  # (B, chunks, length, X)
     chunks = -(-T // length)
     return F.pad(t_BTX, (0, 0, 0, chunks * length - T)).view(B, chunks, length, X)
 
-def _decay(dt_BTE: Tensor, A_EN: Tensor) -> Tensor:  # (B, T, E, N)
-    "exp(dt A); torch has a far slower exp than exp2 on some processors."
-    return (dt_BTE[..., None] * (A_EN / math.log(2))).exp2_()
+def _decay(dt_BTE: Tensor, A_EN: Tensor, first_BT: Tensor | None) -> Tensor:  # (B, T, E, N)
+    "exp(dt A), and 0 where a text begins; torch has a far slower exp than exp2 on some processors."
+    decay = (dt_BTE[..., None] * (A_EN / math.log(2))).exp2_()
+    return decay if first_BT is None else decay.mul_(1 - first_BT[..., None, None])
 
-def _step(h: Tensor, i: int, x: Tensor, dt: Tensor, A_EN: Tensor, B: Tensor) -> Tensor:  # h: (B, chunks, E, N)
+def _at(first: Tensor | None, i: int) -> Tensor | None:  # (B, chunks)
+    "Where the i-th token of a chunk begins a text."
+    return None if first is None else first[:, :, i, 0]
+
+def _step(h: Tensor, i: int, x: Tensor, dt: Tensor, A_EN: Tensor, B: Tensor, first: Tensor | None) -> Tensor:  # h: (B, chunks, E, N)
     "The states of all chunks after their i-th token."
-    return _decay(dt[:, :, i], A_EN).mul_(h).addcmul_((dt[:, :, i] * x[:, :, i])[..., None], B[:, :, i, None])
+    return _decay(dt[:, :, i], A_EN, _at(first, i)).mul_(h).addcmul_((dt[:, :, i] * x[:, :, i])[..., None], B[:, :, i, None])
 
 def _channels_at_once(x_BTE: Tensor, N: int) -> int:
     "Channels whose states at one token of each chunk fit into a processor's cache, or occupy a GPU."
@@ -86,57 +101,60 @@ def _channels_at_once(x_BTE: Tensor, N: int) -> int:
     return max(1, budget // (x_BTE.shape[0] * -(-x_BTE.shape[1] // CHUNK) * N))
 
 def _chunked_forward(
-    x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, state_BEN: Tensor, keep: bool
+    x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, state_BEN: Tensor, first_BT: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, the last state, and (B, chunks, E, N) states at which chunks begin
     (B, T, E), N = x_BTE.shape, A_EN.shape[1]
     x, dt, Bs, Cs = (_split(t, min(CHUNK, T)) for t in (x_BTE, dt_BTE, B_BTN, C_BTN))
+    first = None if first_BT is None else _split(first_BT[..., None], min(CHUNK, T))
     y, last = torch.empty_like(x), torch.empty_like(state_BEN, memory_format=torch.contiguous_format)
     borders = x.new_empty((B, x.shape[1], E, N) if keep else (0,))
     block = _channels_at_once(x_BTE, N)
     for s in (slice(e, e + block) for e in range(0, E, block)):
-        kept = _begins(x[..., s], dt[..., s], A_EN[s], Bs, state_BEN[:, s])
+        kept = _begins(x[..., s], dt[..., s], A_EN[s], Bs, state_BEN[:, s], first)
         h = kept
         for i in range(x.shape[2]):
-            h = _step(h, i, x[..., s], dt[..., s], A_EN[s], Bs)
+            h = _step(h, i, x[..., s], dt[..., s], A_EN[s], Bs, first)
             y[:, :, i, s] = (h * Cs[:, :, i, None]).sum(-1)
         last[:, s] = h[:, -1]
         if keep:
             borders[:, :, s] = kept
     return y.view(B, -1, E)[:, :T].contiguous(), last, borders
 
-def _begins(x: Tensor, dt: Tensor, A_EN: Tensor, Bs: Tensor, state_BEN: Tensor) -> Tensor:  # (B, chunks, E, N)
+def _begins(x: Tensor, dt: Tensor, A_EN: Tensor, Bs: Tensor, state_BEN: Tensor, first: Tensor | None) -> Tensor:  # (B, chunks, E, N)
     "The states at which chunks begin."
     begins, chunks = [state_BEN], x.shape[1]
     if chunks > 1:
-        x, dt, Bs = (t[:, :-1] for t in (x, dt, Bs))
+        x, dt, Bs, first = (None if t is None else t[:, :-1] for t in (x, dt, Bs, first))
         h = x.new_zeros(x.shape[0], chunks - 1, *A_EN.shape)
         for i in range(x.shape[2]):
-            h = _step(h, i, x, dt, A_EN, Bs)
-        decay = _decay(dt.sum(2), A_EN)
+            h = _step(h, i, x, dt, A_EN, Bs, first)
+        decay = _decay(dt.sum(2), A_EN, None if first is None else first.amax((2, 3)))
         for c in range(chunks - 1):
             begins.append(torch.addcmul(h[:, c], decay[:, c], begins[-1]))
     return torch.stack(begins, 1)
 
 # %% ../nbs/07_ssm.ipynb #1c1f3f12
 def _chunked_backward(
-    dy_BTE: Tensor, dlast_BEN: Tensor, x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, borders: Tensor
+    dy_BTE: Tensor, dlast_BEN: Tensor, x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, borders: Tensor,
+    first_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, dt, A (B, E, N; not yet summed), B, C, state
     (B, T, E), N = x_BTE.shape, A_EN.shape[1]
     length = min(CHUNK, T)
     dy, x, dt, Bs, Cs = (_split(t, length) for t in (dy_BTE, x_BTE, dt_BTE, B_BTN, C_BTN))
+    first = None if first_BT is None else _split(first_BT[..., None], length)
     dx, ddt, dB, dC = (torch.zeros_like(t) for t in (x, dt, Bs, Cs))
     dA, dstate = (torch.empty_like(dlast_BEN, memory_format=torch.contiguous_format) for _ in range(2))
     block = _channels_at_once(x_BTE, N)
     for s in (slice(e, e + block) for e in range(0, E, block)):
-        out = _chunked_backward_block(dy[..., s], dlast_BEN[:, s], x[..., s], dt[..., s], A_EN[s], Bs, Cs, borders[:, :, s], dB, dC)
+        out = _chunked_backward_block(dy[..., s], dlast_BEN[:, s], x[..., s], dt[..., s], A_EN[s], Bs, Cs, borders[:, :, s], first, dB, dC)
         dx[..., s], ddt[..., s], dA[:, s], dstate[:, s] = out
     dx, ddt, dB, dC = (t.view(B, x.shape[1] * length, -1)[:, :T].contiguous() for t in (dx, ddt, dB, dC))
     return dx, ddt, dA, dB, dC, dstate
 
 # %% ../nbs/07_ssm.ipynb #f83b52a3
-def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, dB, dC):
+def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, first, dB, dC):
     "Gradients of x, dt, A and the state for one block of channels; those of B and C are added to dB and dC."
-    length, hs, decays = x.shape[2], [borders], [_decay(dt[:, :, i], A) for i in range(x.shape[2])]
+    length, hs, decays = x.shape[2], [borders], [_decay(dt[:, :, i], A, _at(first, i)) for i in range(x.shape[2])]
     u = dt * x
     for i in range(length):
         hs.append(torch.mul(decays[i], hs[i]).addcmul_(u[:, :, i, :, None], Bs[:, :, i, None]))
@@ -145,7 +163,7 @@ def _chunked_backward_block(dy, dlast, x, dt, A, Bs, Cs, borders, dB, dC):
     if x.shape[1] > 1:
         for i in reversed(range(length)):
             g = g.addcmul(dy[:, :, i, :, None], Cs[:, :, i, None]).mul_(decays[i])
-        decay, arrives = _decay(dt.sum(2), A), [dlast]
+        decay, arrives = _decay(dt.sum(2), A, None if first is None else first.amax((2, 3))), [dlast]
         for c in reversed(range(1, x.shape[1])):
             arrives.append(torch.addcmul(g[:, c], decay[:, c], arrives[-1]) if c < x.shape[1] - 1 else g[:, c])
         g = torch.stack(arrives[::-1], 1)
@@ -242,7 +260,7 @@ static inline void scatter(float* to, const float* from, i64 E, int n, int m) {
 # %% ../nbs/07_ssm.ipynb #37363412
 _FORWARD = r"""
 template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* x, const float* dt, const float* A,
-        const float* B, const float* C, const float* state, float* y, float* last, float* borders) {
+        const float* B, const float* C, const float* state, const float* first, float* y, float* last, float* borders) {
     constexpr int V = N / LANES;
     const int m = std::min<i64>(BLOCK, s.E - e0);
     const i64 chunks = s.chunks();
@@ -264,6 +282,7 @@ template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* 
             }
             for (int t = 0; t < n; t++) {
                 const float d = ds[t * BLOCK + e], u = d * xs[t * BLOCK + e];
+                if (first && first[b * s.T + t0 + t]) for (int v = 0; v < V; v++) h[v] = vec{};
                 vec out = {};
                 for (int v = 0; v < V; v++) {
                     h[v] = exp2v(a[v] * d) * h[v] + load(Bs + t * N + v * LANES) * u;
@@ -283,7 +302,7 @@ template <int N> void forward_block(const Shape& s, i64 b, i64 e0, const float* 
 # %% ../nbs/07_ssm.ipynb #1c84a5e5
 _BACKWARD = r"""
 template <int N> void backward_block(const Shape& s, i64 b, i64 e0, const float* dy, const float* dlast, const float* x,
-        const float* dt, const float* A, const float* B, const float* C, const float* borders,
+        const float* dt, const float* A, const float* B, const float* C, const float* borders, const float* first,
         float* dx, float* ddt, float* dA, float* dB, float* dC, float* dstate) {
     constexpr int V = N / LANES;
     const int m = std::min<i64>(BLOCK, s.E - e0);
@@ -308,8 +327,9 @@ template <int N> void backward_block(const Shape& s, i64 b, i64 e0, const float*
             }
             for (int t = 0; t < n; t++) {
                 const float d = ds[t * BLOCK + e], u = d * xs[t * BLOCK + e];
+                const bool fresh = first && first[b * s.T + t0 + t];
                 for (int v = 0; v < V; v++) {
-                    vec decay = exp2v(a[v] * d);
+                    vec decay = fresh ? vec{} : exp2v(a[v] * d);
                     h[v] = decay * h[v] + load(Bs + t * N + v * LANES) * u;
                     store(as + t * N + v * LANES, decay);
                     store(hs + (t + 1) * N + v * LANES, h[v]);
@@ -373,7 +393,7 @@ template <class F> void share(const Shape& s, F job) {
 template <int N> void forward_all(const Shape& s, float** p) {
     const i64 per = s.blocks();
     share(s, [&](i64, i64, i64 i) {
-        forward_block<N>(s, i / per, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]);
+        forward_block<N>(s, i / per, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]);
     });
 }
 
@@ -384,16 +404,16 @@ template <int N> void backward_all(const Shape& s, float** p) {
     std::vector<i64> batch(s.threads, -1);
     share(s, [&](i64 k, i64 first, i64 i) {
         const i64 b = i / per;
-        float *dB = p[11] + b * row, *dC = p[12] + b * row;
+        float *dB = p[12] + b * row, *dC = p[13] + b * row;
         if (b == first / per && first % per) batch[k] = b, dB = apart.data() + 2 * row * (k - 1), dC = dB + row;
         else if (i % per == 0) memset(dB, 0, row * sizeof(float)), memset(dC, 0, row * sizeof(float));
         backward_block<N>(s, b, i % per * BLOCK, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7],
-                          p[8], p[9], p[10], dB, dC, p[13]);
+                          p[8], p[9], p[10], p[11], dB, dC, p[14]);
     });
     for (i64 k = 1; k < s.threads; k++)
         if (batch[k] >= 0) for (i64 j = 0; j < row; j++) {
-            p[11][batch[k] * row + j] += apart[2 * row * (k - 1) + j];
-            p[12][batch[k] * row + j] += apart[2 * row * (k - 1) + row + j];
+            p[12][batch[k] * row + j] += apart[2 * row * (k - 1) + j];
+            p[13][batch[k] * row + j] += apart[2 * row * (k - 1) + row + j];
         }
 }
 
@@ -422,28 +442,110 @@ def _instruction_set() -> str:
     except (OSError, StopIteration):
         return platform.machine() + platform.processor()
 
-def _cache_folder() -> Path | None:  # None: it cannot be written
-    "The user's cache folder for compiled kernels."
+def _cache_path() -> Path | None:  # None: there is no absolute one
+    "The user's folder for compiled kernels; a relative XDG_CACHE_HOME counts as none, as its specification says."
+    named = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_nb"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if os.access(folder, os.W_OK) else None
-    except (OSError, RuntimeError):
+        path = (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "hybrid_nb"
+    except RuntimeError:  # no HOME, and no entry in the user database
+        return None
+    return path if path.is_absolute() else None
+
+def _check_own(fd: int, name: str):
+    "Refuse what another user could have written."
+    info = os.fstat(fd)
+    if info.st_uid != os.geteuid():
+        raise PermissionError(f"{name} belongs to user {info.st_uid}, not to {os.geteuid()}")
+    if info.st_mode & 0o022:
+        raise PermissionError(f"{name} can be written by others (mode {info.st_mode & 0o777:o})")
+
+@contextmanager
+def _cache_folder() -> Iterator[int | None]:  # a descriptor; None: there is none that could be trusted
+    "The cache folder, made where it is missing."
+    path, fd = _cache_path(), None
+    try:
+        if path is not None:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            _check_own(fd, str(path))
+    except OSError as error:
+        _pass_over(error)
+        fd = os.close(fd) if fd is not None else None
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+def _pass_over(error: OSError):
+    "Say in one line what of the cache is not used, and why."
+    print(f"the kernel's cache is passed over: {error}", file=sys.stderr)
+
+# %% ../nbs/07_ssm.ipynb #b765c563
+def _read_own(name: str, folder: int) -> bytes:
+    "A regular file in an open folder that only this user can have written."
+    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{name} is no regular file")
+        _check_own(file.fileno(), name)
+        return file.read()
+
+def _write_own(name: str, data: bytes, folder: int):
+    "Replace a file in an open folder at once and durably."
+    temporary = f".tmp-{name}-{os.getpid()}"
+    with suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=folder)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+
+def _kept_library(name: str, folder: int) -> bytes | None:  # None: there is none that is whole and ours
+    "The library in the cache, if its hash is the one beside it."
+    try:
+        library, told = _read_own(name, folder), _read_own(f"{name}.sha256", folder)
+        if hashlib.sha256(library).hexdigest().encode() == told:
+            return library
+        raise OSError(f"{name} has another hash than {name}.sha256 says; it is compiled anew")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _pass_over(error)
         return None
 
-def _compile(compiler: str, path: Path):
-    "Compile the source into a file that appears at once and whole."
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _keep_library(name: str, library: bytes, folder: int):
+    "Put a library and its hash into the cache, if it can be written."
+    try:
+        _write_own(f"{name}.sha256", hashlib.sha256(library).hexdigest().encode(), folder)
+        _write_own(name, library, folder)
+    except OSError as error:
+        _pass_over(error)
+
+# %% ../nbs/07_ssm.ipynb #3d47918d
+def _compile(compiler: str) -> bytes:
+    "The library that the source compiles to."
+    with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "scan.cpp", Path(folder) / "scan.so"
         source.write_text(_SOURCE)
         subprocess.run([compiler, *_FLAGS, str(source), "-o", str(library)], check=True, capture_output=True, timeout=300)
-        os.replace(library, path)
+        return library.read_bytes()
 
-# %% ../nbs/07_ssm.ipynb #3d47918d
-def _load(path: Path):
-    scan = ctypes.CDLL(str(path)).scan
-    scan.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_void_p]
-    return scan
+def _load(library: bytes, places: tuple[Path | None, ...]):  # places for a private folder; None: the system's
+    "The scan in a library."
+    for place in places:
+        with suppress(OSError), tempfile.TemporaryDirectory(dir=place) as folder:
+            path = Path(folder) / "scan.so"
+            path.write_bytes(library)
+            scan = ctypes.CDLL(str(path)).scan
+            scan.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_void_p]
+            return scan
+    raise OSError("no place for a library that can be executed")
 
 @functools.cache
 def _native_scan():  # None where there is no compiler, or it fails
@@ -452,16 +554,18 @@ def _native_scan():  # None where there is no compiler, or it fails
     if compiler is None:
         return None
     key = hashlib.sha256("\n".join([_SOURCE, *_FLAGS, compiler, _instruction_set()]).encode()).hexdigest()[:16]
-    try:
-        with tempfile.TemporaryDirectory() as private:
-            path = (_cache_folder() or Path(private)) / f"scan-{key}.so"
-            try:
-                return _load(path)
-            except (OSError, AttributeError):
-                _compile(compiler, path)
-                return _load(path)
-    except (OSError, AttributeError, subprocess.SubprocessError):
-        return None
+    name, failures = f"scan-{key}.so", (OSError, AttributeError, subprocess.SubprocessError)
+    with _cache_folder() as folder, suppress(*failures):
+        places = (None,) if folder is None else (None, _cache_path())
+        kept = None if folder is None else _kept_library(name, folder)
+        if kept is not None:
+            with suppress(*failures):
+                return _load(kept, places)
+        library = _compile(compiler)
+        if folder is not None:
+            _keep_library(name, library, folder)
+        return _load(library, places)
+    return None
 
 # %% ../nbs/07_ssm.ipynb #2cc7b40d
 def scan_kernel(
@@ -473,8 +577,8 @@ def scan_kernel(
     return "native" if possible and _native_scan() is not None else "chunked"
 
 # %% ../nbs/07_ssm.ipynb #9c531e5a
-def _call(backward: bool, shape: tuple[int, ...], tensors: list[Tensor]):
-    pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() or None for t in tensors))
+def _call(backward: bool, shape: tuple[int, ...], tensors: list[Tensor | None]):
+    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() or None for t in tensors))
     if _native_scan()(backward, *shape, torch.get_num_threads(), pointers):
         raise ValueError(f"N={shape[-1]}: the native kernel takes at most {WIDEST} states a channel")
 
@@ -483,73 +587,76 @@ def _fill_up(*tensors: Tensor) -> list[Tensor]:
     return [F.pad(t, (0, -t.shape[-1] % 16)).contiguous() if t.shape[-1] % 16 else t.contiguous() for t in tensors]
 
 def _native_forward(
-    x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, state_BEN: Tensor, keep: bool
+    x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, state_BEN: Tensor, first_BT: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # as `_chunked_forward`
     (B, T, E), N = x_BTE.shape, A_EN.shape[1]
     inputs = [x_BTE.contiguous(), dt_BTE.contiguous(), *_fill_up(A_EN, B_BTN, C_BTN, state_BEN)]
     wide = inputs[2].shape[1]
     y, last = torch.empty_like(inputs[0]), torch.empty_like(inputs[5])
     borders = y.new_empty(B, -(-T // CHUNK), E, wide) if keep else y.new_empty(0)
-    _call(False, (B, T, E, wide), [*inputs, y, last, borders])
+    _call(False, (B, T, E, wide), [*inputs, first_BT, y, last, borders])
     return y, last[..., :N].contiguous(), borders[..., :N].contiguous() if keep else borders
 
 def _native_backward(
-    dy_BTE: Tensor, dlast_BEN: Tensor, x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, borders: Tensor
+    dy_BTE: Tensor, dlast_BEN: Tensor, x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, borders: Tensor,
+    first_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # as `_chunked_backward`
     N, (dlast, A, Bs, Cs, borders) = A_EN.shape[1], _fill_up(dlast_BEN, A_EN, B_BTN, C_BTN, borders)
     inputs = [dy_BTE.contiguous(), dlast, x_BTE.contiguous(), dt_BTE.contiguous(), A, Bs, Cs, borders]
     out = [torch.empty_like(t) for t in (inputs[2], inputs[3], dlast, Bs, Cs, dlast)]
-    _call(True, (*x_BTE.shape, A.shape[1]), [*inputs, *out])
+    _call(True, (*x_BTE.shape, A.shape[1]), [*inputs, first_BT, *out])
     return *out[:2], *(t[..., :N].contiguous() for t in out[2:])
 
 # %% ../nbs/07_ssm.ipynb #9d9d4bc7
 @torch.library.custom_op("hybrid_nb::selective_scan", mutates_args=())
 def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool, native: bool
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, first: Tensor | None, keep: bool, native: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     "y, the last state, and, to be kept for the backward pass, the states at which chunks begin."
     use = _native_forward if native and scan_kernel(x.device, x.dtype) == "native" else _chunked_forward
-    return use(x, dt, A, B, C, state, keep)
+    return use(x, dt, A, B, C, state, first, keep)
 
 @_scan.register_fake
-def _(x, dt, A, B, C, state, keep, native):
+def _(x, dt, A, B, C, state, first, keep, native):
     borders = x.new_empty((x.shape[0], -(-x.shape[1] // CHUNK), *A.shape) if keep else (0,))
     return x.new_empty(x.shape), x.new_empty(state.shape), borders
 
 @torch.library.custom_op("hybrid_nb::selective_scan_backward", mutates_args=())
 def _scan_backward(
-    dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, borders: Tensor, native: bool
+    dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, borders: Tensor, first: Tensor | None,
+    native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Gradients of x, dt, A, B, C and the first state."
     use = _native_backward if native and scan_kernel(x.device, x.dtype) == "native" else _chunked_backward
-    dx, ddt, dA, dB, dC, dstate = use(dy, dlast, x, dt, A, B, C, borders)
+    dx, ddt, dA, dB, dC, dstate = use(dy, dlast, x, dt, A, B, C, borders, first)
     return dx, ddt, dA.sum(0), dB, dC, dstate
 
 @_scan_backward.register_fake
-def _(dy, dlast, x, dt, A, B, C, borders, native):
+def _(dy, dlast, x, dt, A, B, C, borders, first, native):
     return *(x.new_empty(t.shape) for t in (x, dt, A, B, C, dlast)),
 
 # %% ../nbs/07_ssm.ipynb #51cf621d
 def _keep_for_backward(ctx, inputs, output):
-    x, dt, A, B, C, _, _, ctx.native = inputs
-    ctx.save_for_backward(x, dt, A, B, C, output[2])
+    x, dt, A, B, C, _, first, _, ctx.native = inputs
+    ctx.save_for_backward(x, dt, A, B, C, output[2], first)
     ctx.set_materialize_grads(False)  # zeros for the kept states would be as large as those
 
 def _differentiate(ctx, dy, dlast, _):
-    x, dt, A, B, C, borders = ctx.saved_tensors
+    x, dt, A, B, C, borders, first = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dlast = torch.zeros_like(borders[:, 0]) if dlast is None else dlast
-    return *_scan_backward(dy, dlast, x, dt, A, B, C, borders, ctx.native), None, None
+    return *_scan_backward(dy, dlast, x, dt, A, B, C, borders, first, ctx.native), None, None, None
 
 _scan.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 # %% ../nbs/07_ssm.ipynb #06ed8459
-def _scan_with(native: bool, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN):
-    _check_scan(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN)
+def _scan_with(native: bool, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN, first_BT):
+    _check_scan(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN, first_BT)
     x, dt, A, B, C, state = _widen(x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, _first_state(x_BTE, A_EN, state_BEN))
+    first = None if first_BT is None else first_BT.to(x.dtype).contiguous()
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, state))
     parts = [slice(n, n + WIDEST) for n in range(0, A.shape[1], WIDEST)]
-    ys, lasts, _ = zip(*(_scan(x, dt, A[:, s], B[..., s], C[..., s], state[..., s], keep, native) for s in parts), strict=True)
+    ys, lasts, _ = zip(*(_scan(x, dt, A[:, s], B[..., s], C[..., s], state[..., s], first, keep, native) for s in parts), strict=True)
     return sum(ys[1:], ys[0]).to(x_BTE.dtype), lasts[0] if len(parts) == 1 else torch.cat(lasts, -1)
 
 def selective_scan_chunked(
@@ -559,9 +666,10 @@ def selective_scan_chunked(
     B_BTN: Tensor,
     C_BTN: Tensor,
     state_BEN: Tensor | None = None,  # the state before the first token; None: zeros
+    first_BT: Tensor | None = None,  # bool: True where a text begins, before which the state is zero; None: nowhere
 ) -> tuple[Tensor, Tensor]:  # y (B, T, E) in the type of x, and the state after the last token (B, E, N)
     "The selective scan by chunks in PyTorch, on any device."
-    return _scan_with(False, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN)
+    return _scan_with(False, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN, first_BT)
 
 def selective_scan(
     x_BTE: Tensor,
@@ -570,20 +678,30 @@ def selective_scan(
     B_BTN: Tensor,
     C_BTN: Tensor,
     state_BEN: Tensor | None = None,  # the state before the first token; None: zeros
+    first_BT: Tensor | None = None,  # bool: True where a text begins, before which the state is zero; None: nowhere
 ) -> tuple[Tensor, Tensor]:  # y (B, T, E) in the type of x, and the state after the last token (B, E, N)
     "The selective scan by the fastest kernel that there is."
-    return _scan_with(True, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN)
+    return _scan_with(True, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN, first_BT)
 
 # %% ../nbs/07_ssm.ipynb #43ff636b
+def _text_numbers(first_BT: Tensor, before: int) -> Tensor:  # (B, before + T)
+    "Which text each token belongs to, and the last one of the past."
+    return F.pad(first_BT.long().cumsum(1), (before, 0))
+
 def causal_conv(
     x_BSE: Tensor,  # S = W - 1 + T: the last W - 1 inputs of the past (zeros at the beginning), then the new ones
     weight_E1W: Tensor,
     bias_E: Tensor,
+    first_BT: Tensor | None = None,  # bool: True where a text begins, which sees no input before; None: nowhere
 ) -> Tensor:  # (B, T, E)
     "Depthwise convolution in which each token sees itself and the W - 1 inputs before it."
     W = weight_E1W.shape[-1]
     T = x_BSE.shape[1] - W + 1
-    return sum((x_BSE[:, i : i + T] * weight_E1W[:, 0, i] for i in range(W)), bias_E).to(x_BSE.dtype)
+    taps = (x_BSE[:, i : i + T] * weight_E1W[:, 0, i] for i in range(W))
+    if first_BT is not None:
+        text_BS = _text_numbers(first_BT, W - 1)
+        taps = (tap * (text_BS[:, i : i + T] == text_BS[:, W - 1 :])[..., None] for i, tap in enumerate(taps))
+    return sum(taps, bias_E).to(x_BSE.dtype)
 
 # %% ../nbs/07_ssm.ipynb #24b855dd
 class MambaMixer(nn.Module):
@@ -628,6 +746,7 @@ class MambaMixer(nn.Module):
         x_BTD: Tensor,
         keep_BT: Tensor | None = None,  # bool: False where a new token is padding; None: none is
         past: dict[str, Tensor] | None = None,  # 'conv' (B, E, W-1) and 'ssm' (B, E, N), read and replaced; {}: the beginning
+        first_BT: Tensor | None = None,  # bool: True where a text begins, which knows nothing of what is before; None: nowhere
     ) -> Tensor:  # (B, T, D)
         (B, T, _), shape = x_BTD.shape, self.shape
         if keep_BT is not None and tuple(keep_BT.shape) != (B, T):
@@ -635,13 +754,17 @@ class MambaMixer(nn.Module):
         x, z = self.in_proj(x_BTD).chunk(2, dim=-1)
         x = x if keep_BT is None else x * keep_BT[..., None]
         x_BSE = self._after_past(x, past)
-        x = F.silu(causal_conv(x_BSE, self.conv1d.weight, self.conv1d.bias))
+        x = F.silu(causal_conv(x_BSE, self.conv1d.weight, self.conv1d.bias, first_BT))
         x = x if keep_BT is None else x * keep_BT[..., None]
         dt_BTR, B_BTN, C_BTN = self.x_proj(x).split([shape.dt_rank, shape.d_state, shape.d_state], dim=-1)
         state = None if past is None else past.get("ssm")
-        y, last = selective_scan(x, self.step_sizes(dt_BTR), self.decay_rates(), B_BTN, C_BTN, state)
+        y, last = selective_scan(x, self.step_sizes(dt_BTR), self.decay_rates(), B_BTN, C_BTN, state, first_BT)
         if past is not None:
-            past["conv"], past["ssm"] = x_BSE[:, T:].mT.clone(memory_format=torch.contiguous_format), last
+            kept = x_BSE[:, T:]
+            if first_BT is not None:
+                text_BS = _text_numbers(first_BT, shape.d_conv - 1)
+                kept = kept * (text_BS[:, T:] == text_BS[:, -1:])[..., None]
+            past["conv"], past["ssm"] = kept.mT.clone(memory_format=torch.contiguous_format), last
         return self.out_proj((y + x * self.D) * F.silu(z))
 
     def _after_past(self, x_BTE: Tensor, past: dict[str, Tensor] | None) -> Tensor:  # (B, W - 1 + T, E)

@@ -17,7 +17,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict as dataclass_dict
@@ -36,10 +35,11 @@ from scipy import stats
 
 from .account import param_rows
 from .config import Config, ConfigError, closest, config_hash, override, to_yaml
+from .evaluate import perplexity, ppl_change
 from .pipeline import read_result
-from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle, overall
+from .report import BLUE, GREY, RED, Picture, StoredRun, Table, as_results, check_bundle, divergence, overall
 from .report import bundle as run_bundle
-from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, claim_folder, in_checkout, load_run
+from .runs import BAD_DATA, STOPPED, Run, RunError, check_name, claim_folder, in_checkout, load_run, temporary_folder
 from .train import progress_line, stop_requests, train
 
 # %% ../nbs/20_study.ipynb #1306d98d
@@ -128,8 +128,8 @@ def outcome(
     status, evals = run.info["status"], run.records("eval")
     if broken:
         return "diverged", broken[0]
-    if status == "done" and (not evals or evals[-1]["val_loss"] is None or not math.isfinite(evals[-1]["val_loss"])):
-        return "diverged", "the last validation loss is not finite"
+    if status == "done" and (why := divergence(run) if evals else "there is no validation loss"):
+        return "diverged", why
     if status in ("done", "failed"):
         return status, run.info["error"] or error or ""
     if error:
@@ -186,9 +186,16 @@ class Comparison:
         return {seed: paired(d, self.margin, self.alpha) for seed, d in rest.items() if len(d) > 1}
 
     @property
+    def unchanged(self) -> bool:
+        "Whether every loss is the baseline's: then nothing was tested."
+        return bool(self.losses) and not any(self.d.values())
+
+    @property
     def word(self) -> str:
-        "'diverged', 'no interval', or what the interval says."
-        return "diverged" if self.diverged else self.paired.word if self.paired else "no interval"
+        "'diverged', 'the arm changed nothing', 'no interval', or what the interval says."
+        if self.diverged or self.unchanged:
+            return "diverged" if self.diverged else "the arm changed nothing"
+        return self.paired.word if self.paired else "no interval"
 
     @property
     def verdict(self) -> str:
@@ -375,9 +382,6 @@ def freeze(study: Study) -> Study:
 # %% ../nbs/20_study.ipynb #ce35753f
 _SIGNED = "{:+.4f}"
 
-def _ppl(loss: float) -> float:
-    return math.exp(min(loss, 700))
-
 def runs_table(study: Study) -> Table:
     "Every run of a study and how it ended."
     rows = []
@@ -386,7 +390,7 @@ def runs_table(study: Study) -> Table:
         rates = [r["tokens_per_s"] for r in train[1:] or train if r.get("tokens_per_s")]
         loss, (state, why) = last.get("val_loss"), e.outcome
         rows.append({"arm": e.arm, "seed": e.seed, "state": state, "step": last.get("step"), "val loss": loss,
-                     "PPL": loss is not None and _ppl(loss) or None, "tokens/s": float(np.median(rates)) if rates else None,
+                     "PPL": loss is not None and perplexity(loss) or None, "tokens/s": float(np.median(rates)) if rates else None,
                      "minutes": e.run.info["duration_s"] / 60 if e.run is not None else None, "run": e.name, "why": why})
     return Table(rows, {"step": "{:,.0f}", "val loss": "{:.4f}", "PPL": "{:.4g}", "tokens/s": "{:,.0f}", "minutes": "{:.1f}"})
 
@@ -399,7 +403,7 @@ def pairs_table(study: Study) -> Table:
             base, arm = c.losses.get(seed, (None, None))
             d = c.d.get(seed)
             rows.append({"arm": c.arm, "seed": seed, f"loss of {c.base}": base, "loss of the arm": arm, "d (nats)": d,
-                         "PPL ratio": None if d is None else math.exp(d), "no pair because": c.lost.get(seed, "")})
+                         "PPL ratio": None if d is None else perplexity(d), "no pair because": c.lost.get(seed, "")})
     plain = dict.fromkeys((f"loss of {study.plan.baseline}", "loss of the arm", "PPL ratio"), "{:.4f}")
     return Table(rows, plain | {"d (nats)": _SIGNED})
 
@@ -425,7 +429,7 @@ def arms_table(study: Study) -> Table:
             "arm": arm, "parameters": runs[0].info["params"]["total"] if runs else None,
             "frozen": runs[0].info["params"]["frozen"] if runs else None,
             **{part: part_params(runs[0].config, part) if runs else None for part in plan.parts},
-            "runs": f"{len(losses)}/{len(plan.seeds)}", "val loss": mean, "+-": half, "PPL": _ppl(mean) if losses else None,
+            "runs": f"{len(losses)}/{len(plan.seeds)}", "val loss": mean, "+-": half, "PPL": perplexity(mean) if losses else None,
             "d (nats)": p.mean if p else None, "interval": f"{p.lower:+.4f} to {p.upper:+.4f}" if p else "",
             "verdict": f"{c.verdict}: {c.word}" if c else "baseline"})
     if not any(row["frozen"] for row in rows):
@@ -442,8 +446,9 @@ def tests_table(study: Study) -> Table:
         found = p._asdict() if p else dict.fromkeys(Paired._fields) | {"n": len(c.losses)}
         rows.append({"arm": c.arm, "pairs": found["n"], "mean d": found["mean"], "s": found["s"],
                      "from": found["lower"], "to": found["upper"], "p not worse": found["p_noninferior"],
-                     "p better": found["p_superior"], "p equivalent": found["p_equivalent"], "power": found["power"],
-                     "is": c.word, "claim": "yes" if c.arm in study.plan.claims else "", "verdict": c.verdict})
+                     "p better": found["p_superior"], "p equivalent": found["p_equivalent"],
+                     "power": None if c.unchanged else found["power"], "is": c.word,
+                     "claim": "yes" if c.arm in study.plan.claims else "", "verdict": c.verdict})
     signed = dict.fromkeys(("mean d", "from", "to"), _SIGNED)
     return Table(rows, signed | {"s": "{:.4f}", "power": "{:.0%}"} | dict.fromkeys(("p not worse", "p better", "p equivalent"), "{:.2g}"))
 
@@ -458,9 +463,11 @@ def reasons(c: Comparison) -> list[str]:
     "Why a comparison has its verdict."
     says = [f"no pair of seed {seed}: {why}" for seed, why in c.lost.items()]
     p = c.paired
+    if c.unchanged:
+        return says + [f"every loss is that of {c.base}, {len(c.losses)} of {len(c.losses)}: the arm changed nothing", *c.notes]
     if p is None:
         return says + [f"{len(c.losses)} pair{'s' * (len(c.losses) != 1)}: no interval exists with fewer than two seeds"]
-    says.append(f"d {p.mean:+.4f} nats (PPL {100 * math.expm1(p.mean):+.1f} %), {100 * (1 - 2 * c.alpha):g} % interval {p.lower:+.4f} to "
+    says.append(f"d {p.mean:+.4f} nats (PPL {100 * ppl_change(p.mean):+.1f} %), {100 * (1 - 2 * c.alpha):g} % interval {p.lower:+.4f} to "
                 f"{p.upper:+.4f}, margin {c.margin:.4f}, {p.n} pairs: {p.word}; power {100 * p.power:.0f} %")
     other = {seed: q.word for seed, q in c.left_out.items() if (q.word in PASSING) != (p.word in PASSING)}
     says += [f"without seed {seed} it would be {word}" for seed, word in other.items()]
@@ -520,7 +527,7 @@ def draw_ppl(study: Study) -> Figure:
         for arm, curve in curves.items():
             points = [p for p in curve if p[0] >= first]
             steps, mean, low, high = np.array(points).reshape(-1, 4).T
-            mean, low, high = (np.exp(np.minimum(b, 50)) for b in (mean, low, high))
+            mean, low, high = (np.array([perplexity(x, 50) for x in b]) for b in (mean, low, high))
             ax.fill_between(steps, low, high, color=colors[arm], alpha=0.15, lw=0)
             ax.plot(steps, mean, color=colors[arm], lw=1.4)
         ax.set(yscale="log", xlabel="step")
@@ -538,18 +545,18 @@ def draw_ppl(study: Study) -> Figure:
 def _name_ends(ax, ends: dict[str, tuple], first: float, colors: dict[str, str]):
     "Names and values at the right of a panel, none over another; what ended before the panel begins is named at its top."
     to_axes = ax.transAxes.inverted().transform
-    places = {arm: to_axes(ax.transData.transform((0, math.exp(min(loss, 50)))))[1] if step >= first else 1.0
+    places = {arm: to_axes(ax.transData.transform((0, perplexity(loss, 50))))[1] if step >= first else 1.0
               for arm, (step, loss, *_) in ends.items()}
     for arm, y in spread(places, 14 / ax.get_window_extent().height).items():
         step, loss, *_ = ends[arm]
-        text = f"{arm} {_ppl(loss):.4g}" if step >= first else f"{arm} until step {step:,}"
+        text = f"{arm} {perplexity(loss):.4g}" if step >= first else f"{arm} until step {step:,}"
         ax.annotate(text, (1.02, y), xycoords="axes fraction", color=colors[arm], fontsize=9, va="center")
 
 def plot_ppl(study: Study) -> Picture:
     "The curves of a study as a picture."
-    ends = {arm: curve[-1] for arm in study.plan.arms if (curve := ppl_curve(study, arm))}
-    says = [f"{arm} PPL {_ppl(loss):.4g}" + (f" ({_ppl(low):.4g} to {_ppl(high):.4g})" if low < high else "") + f" at step {step}"
-            for arm, (step, loss, low, high) in ends.items()]
+    ends = {arm: (curve[-1][0], *map(perplexity, curve[-1][1:])) for arm in study.plan.arms if (curve := ppl_curve(study, arm))}
+    says = [f"{arm} PPL {ppl:.4g}" + (f" ({low:.4g} to {high:.4g})" if low < high else "") + f" at step {step}"
+            for arm, (step, ppl, low, high) in ends.items()]
     return Picture(draw_ppl(study), "; ".join(says) or "no evaluations yet")
 
 # %% ../nbs/20_study.ipynb #a244e500
@@ -857,7 +864,7 @@ def _side_by_side(
     launch = _launch if jobs is None else job_launcher(jobs, Path(os.path.abspath(cache.parent)) / "jobs")
     if jobs is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".study-", dir=None if jobs is None else cache.parent) as scratch, stop_requests() as asked:
+    with temporary_folder(None if jobs is None else cache.parent) as scratch, stop_requests() as asked:
         try:
             while running or (waiting and not asked()):
                 free = [] if asked() else [slot for slot in range(workers) if slot not in running]

@@ -6,9 +6,12 @@ runs that one, for torchrun to start.
 """
 
 import atexit
+import builtins
 import errno
+import fcntl
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -20,7 +23,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
+import psutil
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
@@ -136,6 +141,44 @@ def nan_gradient(step: str, rank: str = "0"):
     at_update(int(step), plant)
 
 
+def fail_with(kind: str, step: str, message: str = ""):
+    "An error of some type comes before the update that follows `step` others."
+    def fail(*args):
+        raise getattr(builtins, kind)(message)
+
+    at_update(int(step), fail)
+
+
+def kill_workers(step: str):
+    "The processes that prepare batches are killed before the update that follows `step` others."
+    at_update(int(step), lambda *args: [p.kill() for p in psutil.Process().children()])
+
+
+def no_flock():
+    "A file system without `flock`."
+    def flock(fd, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fcntl.flock = flock
+
+
+def no_home():
+    "Neither HOME nor an entry among the users."
+    def nobody(*args):
+        raise KeyError("getpwuid(): uid not found")
+
+    os.environ.pop("HOME", None)
+    pwd.getpwuid = pwd.getpwnam = nobody
+
+
+def unreadable(step: str, rank: str):
+    "One rank cannot read the checkpoint of a step."
+    def refuse(path):
+        raise runs.RunError(f"checkpoint {path} cannot be read here", runs.BAD_DATA)
+
+    wrap(runs, "read_checkpoint", lambda path: path.name == f"step-{step}" and os.environ["RANK"] == rank, before=refuse)
+
+
 def no_handlers():
     "The naive program: signals are nobody's business."
     signal.signal = lambda number, handler: signal.getsignal(number)
@@ -175,14 +218,70 @@ def uneven_update(folder: str):
     train.main = main
 
 
+DIVIDED = get_config("smoke", {
+    "n_layer": 1, "d_model": 16, "n_head": 2, "n_kv_head": 2, "d_ff": 24, "vocab_size": 41, "ffn": "swiglu", "seq_len": 8, "batch_size": 4,
+    "grad_accum": 1})
+
+
+def one_update(mode: str, world: train.World, rank: int, what: str) -> str | None:  # None: there is no such weight
+    "What an update ends in when one rank has NaN in the gradient of a kind of weight, or its loss is infinite."
+    from hybrid_nb import shard  # takes seconds to import
+
+    torch.manual_seed(0)
+    model = make_decoder(DIVIDED.model)
+    layout = shard.Layout(mode, DIVIDED, world, torch.device("cpu"))
+    net, optimizer = layout.shard(model, DIVIDED.train)
+    chosen = [p for p in model.parameters() if p.requires_grad and hasattr(p, "full_tensor") is (what == "sharded")]
+    if not chosen and what in ("whole", "sharded"):
+        return None
+    real = train.clip_gradients
+
+    def spoil(params, most):
+        if what in ("whole", "sharded") and world.rank == rank:
+            grad = chosen[-1].grad
+            (grad.to_local() if hasattr(grad, "full_tensor") else grad).fill_(float("nan"))
+        return real(params, most)
+
+    def inflate(module, args, kwargs, out):
+        if what == "loss" and world.rank == rank:
+            out["token_loss"] = out.loss.detach() * float("inf")
+        return out
+
+    model.register_forward_hook(inflate, with_kwargs=True)
+    readers, off = layout.readers, torch.amp.GradScaler("cpu", enabled=False)
+    share = DIVIDED.train.batch_size // readers.size
+    x, y = (t[:, share * readers.rank :][:, :share] for t in shard.trial_batch(DIVIDED, 0))
+    train.clip_gradients = spoil
+    try:
+        train.update(net, optimizer, off, x, y, DIVIDED.train, 0, readers, nullcontext)
+        return "went on"
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        train.clip_gradients = real
+
+
+def one_rank_sees(folder: str):
+    "Instead of a run: updates in every layout with something wrong on one rank; what each rank makes of them, in files."
+    from hybrid_nb import shard  # takes seconds to import
+
+    def main(argv):
+        world, _ = train.join_world("cpu")
+        found = {f"{mode} {what} {rank}": one_update(mode, world, rank, what)
+                 for mode in shard.MODES for what in ("whole", "sharded", "loss", "nothing") for rank in (0, 1)}
+        real = train.World.reduce
+        train.World.reduce = lambda self, t: t if self.copies > 1 else real(self, t)
+        found["naive"] = one_update("tp2", world, 1, "whole")
+        Path(f"{folder}/saw-{world.rank}.json").write_text(json.dumps(found))
+        torch.distributed.barrier()
+
+    train.main = main
+
+
 FAULTS = {"kill": lambda point: KILLS[point](), "kill step": kill_step, "slow": slow, "fill disk": fill_disk,
           "nan gradient": nan_gradient, "no handlers": no_handlers, "same batches": same_batches,
-          "uneven update": uneven_update}
-
-
-def one_rate(dtype=None, device=None) -> float:
-    "Instead of measuring how fast this machine multiplies, which no test here is about."
-    return 1e9
+          "uneven update": uneven_update, "fail with": fail_with, "kill workers": kill_workers, "no flock": no_flock,
+          "no home": no_home, "unreadable": unreadable, "one rank sees": one_rank_sees}
 
 
 # The interpreter that forks
@@ -229,9 +328,8 @@ def ended(pid: int, timeout: float) -> int | None:
 
 
 def warm_up():
-    "Do once what every child would do again: imports on demand, the grammar's entropy, the rate of products."
+    "Do once what every child would do again: imports on demand, the grammar's entropy."
     grammar_entropy()
-    train.matmul_rate = one_rate
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     sample_text(make_decoder(ModelConfig(n_layer=1, vocab_size=2), eos_token_id=1), tokenizer, "a", tokens=2)
 
@@ -253,7 +351,8 @@ def serve():
 # What tests call
 
 
-ENV = os.environ | {
+RATES = {"HYBRID_NB_RATES": "fp32=1e9 bf16=1e9 fp16=1e9"}  # how fast this machine multiplies is what no test here is about
+ENV = os.environ | RATES | {
     "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -341,12 +440,11 @@ def tiny_hybrid(**changes) -> Config:
 @contextmanager
 def one_thread():
     "In this process, too, one thread: results are compared with those of the same number of threads."
-    threads, rate = torch.get_num_threads(), train.matmul_rate
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train.matmul_rate = one_rate
-    yield
+    with patch.dict(os.environ, RATES):
+        yield
     torch.set_num_threads(threads)
-    train.matmul_rate = rate
 
 
 def untimed(record: dict) -> dict:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from test_papermill import LOOP, SHOW, TRAIN, end, good_report, start, tiny
+from test_papermill import LOOP, PAPERMILL, SHOW, TRAIN, end, good_report, start, tiny
 
 from hybrid_nb.pipeline import Claim
 
@@ -97,6 +97,65 @@ def test_run_is_stopped_by_a_signal(tmp_path):
     assert (tmp_path / "checkpoint").exists()
 
 
+def head(words: list, folder: Path, lines: int, **options) -> tuple[int, str]:
+    "Exit code, and stderr where it is not the same pipe, of a command whose reader leaves after some lines."
+    process = start(words, folder, **options)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read() if process.stderr else ""
+    return process.wait(timeout=60), err
+
+
+def test_the_reader_of_a_pipe_may_leave(tmp_path):
+    path = tiny(tmp_path / "pipelines" / "train.ipynb")
+    for name, options in (("out", {}), ("both", {"stderr": subprocess.STDOUT})):
+        assert head([*HNB, "run", path, "--output", f"reports/{name}.ipynb"], tmp_path, 1, **options) == (0, "")
+        assert {f"{name}.ipynb", f"{name}.html"} <= {p.name for p in (tmp_path / "reports").iterdir()}
+    assert head([*PAPERMILL, path, "reports/mill.ipynb", "--log-level", "ERROR"], tmp_path, 1) == (0, "")
+    assert (tmp_path / "reports" / "mill.html").exists()
+    for words in (["presets"], ["--help"], ["run", "--help"]):
+        assert head([*HNB, *words], tmp_path, 0) == (0, ""), words
+    careless = [sys.executable, "-c", "for i in range(9): print(i, flush=True); __import__('time').sleep(0.1)"]
+    assert head(careless, tmp_path, 1)[0] == 1, "a program that does not care ends in a traceback"
+
+
+def test_a_kill_leaves_nothing_that_stays(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    env, long = os.environ | {"TMPDIR": str(tmp_path / "tmp")}, tiny(tmp_path / "pipelines" / "long.ipynb", TRAIN, SHOW)
+    process = start([*HNB, "run", long], tmp_path, env=env)
+    while "step 3" not in (line := process.stdout.readline()):
+        assert line or process.poll() is None
+    process.kill()
+    process.communicate()
+    left = [p.name for folder in ("tmp", "reports") for p in (tmp_path / folder).iterdir()]
+    assert sorted(name[:4] for name in left) == [".tmp", "hnb-"], left
+    time.sleep(1.1)
+    path = tiny(tmp_path / "pipelines" / "train.ipynb")
+    code, out, err = end(start([*HNB, "run", path, "--output", "reports/mine.ipynb"], tmp_path, env=env))
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "reports").iterdir()) == ["index.html", "mine.html", "mine.ipynb"]
+    assert list((tmp_path / "tmp").glob("hnb-*")) == []
+
+
+HOLD = """import time
+from pathlib import Path
+from hybrid_nb.runs import locked
+Path('run').mkdir(exist_ok=True)
+with locked(Path('run')):
+    while len(list(Path('reports').glob('*.FAILED.ipynb'))) < int(Path('waits').read_text()):
+        time.sleep(0.05)"""
+
+
+def test_two_equal_commands_at_once_leave_one_report(tmp_path):
+    (tmp_path / "waits").write_text("1")  # the one that holds the run waits until the other has failed
+    tiny(tmp_path / "pipelines" / "train.ipynb", HOLD, SHOW)
+    ended = sorted(end(process) for process in [start([*PAPERMILL, "pipelines/train.ipynb"], tmp_path) for _ in range(2)])
+    assert [code for code, *_ in ended] == [0, 64] and "is in use by process" in ended[1][2], ended
+    kinds = sorted(p.suffix for p in (tmp_path / "reports").iterdir())
+    assert kinds == [".html", ".html", ".ipynb"], list((tmp_path / "reports").iterdir())
+
+
 def test_a_report_that_another_process_makes(tmp_path):
     path, output = tiny(tmp_path / "pipelines" / "train.ipynb"), tmp_path / "elsewhere" / "mine.ipynb"
     claim = Claim(output)
@@ -118,5 +177,24 @@ def test_plan_and_doctor_measure(tmp_path):
     assert code == 0, err
     for what in ("python", "torch", "papermill", "processor", "compiler", "browser", "free disk"):
         assert re.search(rf"^{what} +\S", out, re.M), what
-    rates = [int(m.replace(",", "")) for m in re.findall(r"^(?:float32.*?|bfloat16) +([\d,]+) GFLOP/s$", out, re.M)]
-    assert len(rates) == 3 and all(rate > 1 for rate in rates)
+    rates = re.findall(r"^(?:float32.*?|bfloat16) +([\d.,]+) [TGM]FLOP/s", out, re.M)
+    assert len(rates) == 3 and all(float(rate.replace(",", "")) > 0 for rate in rates)
+
+
+def test_processes_take_assumed_rates(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HYBRID_NB_RATES": "fp32=8e10 bf16=1e9 fp16=2e9"}
+    plan = start([*HNB, "plan", "large"], tmp_path, env=env)
+    whole = start([*HNB, "plan", "large", "-p", "full", "true"], tmp_path, env=env)
+    doctor = start([*HNB, "doctor"], tmp_path, env=env)
+    wrong = start([*HNB, "plan", "large"], tmp_path, env=env | {"HYBRID_NB_RATES": "bf61=1e9"})
+    code, out, err = end(plan)
+    assert code == 0, err
+    assert "at 80 GFLOP/s in fp32 (bf16 is emulated on this device: 1.0 GFLOP/s, beside 80 GFLOP/s in fp32)" in out
+    this_run = next(line for line in out.splitlines() if line.startswith("this run"))
+    assert re.search(r"\b(\d|[1-9]\d|[12]\d\d) (seconds|minutes)$", this_run.strip()), this_run
+    code, out, err = end(whole)
+    assert code == 0 and "1.0 GFLOP/s in matrix products" in out and "bf16 is emulated" in out and "made for GPUs" in out
+    code, out, err = end(doctor)
+    assert code == 0 and re.search(r"^bfloat16 +1.0 GFLOP/s, emulated", out, re.M) and "not measured" in out
+    code, out, err = end(wrong)
+    assert (code, out) == (64, "") and err.startswith("hnb: HYBRID_NB_RATES='bf61=1e9': 'bf61' is none of fp32, bf16, fp16")

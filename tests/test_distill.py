@@ -15,16 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from driver import ENV, one_thread, result, start, tiny
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hybrid_nb import train as loop
 from hybrid_nb.config import Config, DistillConfig, asdict, config_hash, to_yaml
 from hybrid_nb.data import load_tokenizer, prepare
 from hybrid_nb.distill import Distillation
-from hybrid_nb.projector import KVDimensionProjector
+from hybrid_nb.projector import KVDimensionProjector, merge_heads
 from hybrid_nb.runs import Run, RunError, checkpoints, load_run, read_checkpoint, tensor_hash
-from hybrid_nb.teacher import Reader, extract, load_teacher, token_rows
+from hybrid_nb.teacher import Reader, as_teacher, extract, load_teacher, relative_distance, token_rows
 from hybrid_nb.train import train
 
 SHAPES = dict(num_attention_heads=6, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64)
@@ -257,3 +259,114 @@ def test_what_is_saved_is_what_was_trained(whole):
     stored = read_checkpoint(checkpoints(whole.path)[0]).groups["objective"]
     stored = {name.removeprefix("projector."): t for name, t in stored.items() if name.startswith("projector.")}
     assert tensor_hash(projector.state_dict()) == tensor_hash(stored)
+
+
+SMALL = dict(vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, intermediate_size=64, max_position_embeddings=64)
+GROUPED = SMALL | dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+GPT = dict(vocab_size=300, n_embd=48, n_layer=3, n_head=6, n_positions=64, bos_token_id=0, eos_token_id=0)
+FALCON = dict(vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=6)
+OPT = FALCON | dict(ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=48)
+WINDOWS = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+MOST = (8, "halves", 1e4)
+FAMILIES = {  # configuration; of 8 channels how many turn, where those of a pair stand, and the base, of each kind of layer
+    "llama": (LlamaConfig(**GROUPED), *MOST), "qwen2": (Qwen2Config(**GROUPED), *MOST),
+    "qwen3": (tf.Qwen3Config(**GROUPED, head_dim=8), *MOST),
+    "granite": (tf.GraniteConfig(**GROUPED, attention_multiplier=0.3, embedding_multiplier=4.0, residual_multiplier=0.5), *MOST),
+    "olmo": (tf.OlmoConfig(**GROUPED, clip_qkv=0.7), *MOST), "olmo2": (tf.Olmo2Config(**GROUPED), *MOST),
+    "stablelm": (tf.StableLmConfig(**GROUPED, qk_layernorm=True), 2, "halves", 1e4),
+    "gemma3": (tf.Gemma3TextConfig(**GROUPED, head_dim=8, **WINDOWS), 8, "halves", {"sliding_attention": 1e4, "full_attention": 1e6}),
+    "cohere": (tf.CohereConfig(**GROUPED, use_qk_norm=True), 8, "pairs", 5e5),
+    "cohere2": (tf.Cohere2Config(**GROUPED, **WINDOWS), 8, "pairs", {"sliding_attention": 1e4, "full_attention": None}),
+    "phi": (tf.PhiConfig(**GROUPED, qk_layernorm=True), 4, "halves", 1e4), "phi3": (tf.Phi3Config(**GROUPED), *MOST),
+    "neox": (tf.GPTNeoXConfig(**SMALL, rotary_pct=0.5), 4, "halves", 1e4), "glm": (tf.GlmConfig(**GROUPED, head_dim=8), 4, "pairs", 1e4),
+    "gptj": (tf.GPTJConfig(**GPT, rotary_dim=4), 4, "pairs", 1e4), "gpt2": (tf.GPT2Config(**GPT), 8, "halves", None),
+    "bloom": (tf.BloomConfig(vocab_size=300, hidden_size=48, n_layer=3, n_head=6), 8, "halves", None),
+    "opt": (tf.OPTConfig(**OPT), 8, "halves", None), "falcon": (tf.FalconConfig(**FALCON), *MOST),
+    "falcon-40b": (tf.FalconConfig(**FALCON, num_kv_heads=2, new_decoder_architecture=True), *MOST),
+    "persimmon": (tf.PersimmonConfig(**SMALL, qk_layernorm=True), 4, "halves", 1e4),
+    "hunyuan": (tf.HunYuanDenseV1Config(**GROUPED, head_dim=8), *MOST)}
+MISREAD = {"stablelm", "phi", "gemma3", "hunyuan"}  # by hooks on what is called k_norm, or else k_proj: other keys, or heads for times
+
+
+def family(config) -> tf.PreTrainedModel:
+    "A model whose every weight is random, those of norms and biases too."
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.uniform_(0.5, 1.5) if name.endswith("weight") else p.normal_(std=0.3)
+            else:
+                p.normal_(std=1.0 if p is model.get_input_embeddings().weight else p.shape[-1] ** -0.5)
+    return model
+
+
+@torch.no_grad()
+def undone(model: tf.PreTrainedModel, name: str, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    "Keys and values of the model's cache, the keys divided by the complex numbers that turned them."
+    config, size, pairs, bases = FAMILIES[name]
+    layers, found = model(rows, past_key_values=tf.DynamicCache(), use_cache=True).past_key_values.layers, []
+    for i, layer in enumerate(layers):
+        k, v = layer.keys.double(), layer.values
+        if name == "falcon-40b":  # which keeps each head as often as queries use it
+            k, v = k[:, ::3], v[:, ::3]
+        if base := bases[config.layer_types[i]] if isinstance(bases, dict) else bases:
+            turn = torch.arange(k.shape[2])[:, None] * base ** (-torch.arange(0, size, 2).double() / size)
+            real, imag = (k[..., : size // 2], k[..., size // 2 : size]) if pairs == "halves" else (k[..., :size:2], k[..., 1:size:2])
+            z = torch.complex(real, imag) / torch.polar(torch.ones_like(turn), turn)
+            both = torch.cat([z.real, z.imag], -1) if pairs == "halves" else torch.stack([z.real, z.imag], -1).flatten(-2)
+            k = torch.cat([both, k[..., size:]], -1)
+        found.append((merge_heads(k.float()), merge_heads(v)))
+    return found
+
+
+@torch.no_grad()
+def by_name(model: nn.Module, rows: Tensor) -> list[Tensor]:
+    "What hooks on `k_norm`, or else `k_proj`, give as (B, T, W); none where no module has these names."
+    modules, found = dict(model.named_modules()), []
+    names = [name for name in modules if name.endswith(".k_proj")]
+    for name in names:
+        norm = name.removesuffix("k_proj") + "k_norm"
+        modules[norm if norm in modules else name].register_forward_hook(lambda m, taken, given: found.append(given.flatten(2)))
+    model(rows)
+    return found
+
+
+def farthest(read: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(relative_distance(a, b) if a.shape == b.shape else 1.0 for a, b in zip(read, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_are_those_of_the_models_own_cache(name, tmp_path):
+    rows = torch.randint(1, 300, (2, 19), generator=torch.Generator().manual_seed(3))
+    family(FAMILIES[name][0]).save_pretrained(tmp_path / name)
+    teacher = load_teacher(tmp_path / name)
+    wanted = undone(teacher.model, name, rows)
+    padded = [[x[:, :19] for x in pair] for pair in Reader(teacher)(torch.cat([rows, torch.full((2, 4), -100)], 1))]
+    kept = extract(teacher, token_rows(rows), tmp_path / "kv", precision="fp32").read([0, 1])
+    for read in (Reader(teacher)(rows), padded, kept):
+        for role in (0, 1):
+            assert farthest([pair[role] for pair in read], [pair[role] for pair in wanted]) < 1e-5
+    if naive := by_name(teacher.model, rows):
+        assert (farthest(naive, [k for k, _ in wanted]) > 0.3) == (name in MISREAD)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["stablelm", "neox", "gpt2"])
+def test_keys_in_half_precision(name, precision, tmp_path):
+    rows = torch.randint(1, 300, (2, 19), generator=torch.Generator().manual_seed(3))
+    family(FAMILIES[name][0]).save_pretrained(tmp_path / name)
+    exact, half = (Reader(load_teacher(tmp_path / name, p)) for p in ("fp32", precision))
+    assert str(half.way) == str(exact.way)
+    assert farthest([k for k, _ in half(rows)], [k for k, _ in exact(rows)]) < 0.05
+
+
+def test_keys_that_no_way_reads_are_refused_with_both_numbers():
+    model = family(FAMILIES["gptj"][0])
+    heads = model.transformer.h[1].attn._split_heads
+    model.transformer.h[1].attn._split_heads = lambda x, *args: 3 * heads(x, *args)
+    with pytest.raises(RunError, match=r"hooks are off by 0\.\d+ from its own cache, and its cache turned back is off by inf"):
+        Reader(as_teacher(model))
+    convolves = tf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"])
+    with pytest.raises(RunError, match="without keys and values of every layer"):
+        Reader(as_teacher(family(convolves)))

@@ -7,6 +7,7 @@ program, which must fail it.
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -208,7 +209,7 @@ def test_killed_and_run_again(tmp_path, command, wholes, point):
     folder, argv = tmp_path / "r", command(tiny(keep_checkpoints=1))
     assert start(argv, ("kill", point)).wait() == -signal.SIGKILL
     step, temporary = LEFT[point]
-    assert load_run(folder).info["status"] == "running"
+    assert load_run(folder).info["status"] == "interrupted"
     assert checkpoints(folder)[0].name == f"step-{step}"
     assert {p.name for p in (folder / "checkpoints").glob(".tmp-*")} == temporary
     again = start(argv)
@@ -299,7 +300,7 @@ def test_without_handlers_a_signal_loses_the_steps(tmp_path, command):
     wait_for(lambda: trained(tmp_path / "r", 3))
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait() == -signal.SIGTERM
-    assert len(checkpoints(tmp_path / "r")) <= 1 and load_run(tmp_path / "r").info["status"] == "running"
+    assert len(checkpoints(tmp_path / "r")) <= 1 and load_run(tmp_path / "r").info["status"] == "interrupted"
 
 
 # Numbers that are none
@@ -492,7 +493,7 @@ def test_full_disk_pretended(run, wholes, monkeypatch, owner, name, fault):
 def test_too_little_space_is_refused_before_training(run, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "update", lambda *a: pytest.fail("it trained"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    refused(run, runs.IO, "0.00 GiB free; a run needs", "three checkpoints")
+    refused(run, runs.IO, "1,000 bytes free; a run needs 1.01 MiB (three checkpoints)")
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["config.json", "lock"]
 
 
@@ -578,6 +579,299 @@ def test_other_configuration_other_data(run, tmp_path):
     (text / "7.txt").write_text("no apples " * 300)
     refused(lambda: run(config, "words"), runs.BAD_DATA, "step-3 was made with another data")
     assert (tree(folder / "checkpoints"), tree(folder / "metrics.jsonl")) == before
+
+
+# Strangers' files
+
+
+JUNK = [None, [], {}, "x", -1, True, 1.5, 10**30, float("nan"), "9" * 70]
+PLAUSIBLE = {"elapsed_s", "loss_sum", "busy_s", "busy_tokens", "loss_count", "overflows"}  # any number may be right
+IDENTITY = {"config_hash", "data", "frozen_sha256"}
+
+
+def nodes(value, path=()):
+    "The place of everything in nested JSON."
+    yield path
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from nodes(part, (*path, key))
+
+
+def at(value, path: tuple):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def replaced(value, path: tuple, new):
+    "Nested JSON with another thing, or with nothing (`...`), in one place."
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) == 1 and new is ...:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+def rehash(step: Path, manifest=..., groups: dict | None = None):
+    "Write a checkpoint's files and its manifest anew, all hashes right."
+    manifest = json.loads((step / "manifest.json").read_text()) if manifest is ... else manifest
+    for name, tensors in (groups or {}).items():
+        path = step / f"{name}.safetensors"
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+        manifest["files"][path.name] = {
+            "sha256": runs.sha256_file(path), "size": path.stat().st_size, "tensors": runs.tensor_forms(tensors)}
+    if isinstance(manifest, dict):
+        manifest.pop("sha256", None)
+        manifest = manifest | {"sha256": runs._manifest_hash(manifest)}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+
+
+def forge_tensors(step: Path, draw: random.Random):
+    "Change one tensor of a checkpoint in some way, and hash it anew."
+    groups = read_checkpoint(step).groups
+    group = draw.choice(["model", "optimizer", "optimizer", "generators"])
+    tensors = groups[group]
+    name = draw.choice(sorted(tensors))
+    t = tensors[name]
+    others = [n for n in tensors if tensors[n].shape != t.shape]
+    ways = {
+        "drop": lambda: tensors.pop(name),
+        "cut": lambda: tensors.update({name: t.reshape(-1)[:1] if t.numel() > 1 else torch.zeros(2)}),
+        "reshape": lambda: tensors.update({name: t.reshape(1, *t.shape)}),
+        "half": lambda: tensors.update({name: t.half()}),
+        "double": lambda: tensors.update({name: t.double()}),
+        "whole numbers": lambda: tensors.update({name: t.long()}),
+        "rename": lambda: tensors.update({name + "x": tensors.pop(name)}),
+        "add": lambda: tensors.update({"more": torch.zeros(3)}),
+        "spoil": lambda: tensors.update({name: torch.full_like(t, float("nan")) if t.is_floating_point() else torch.full_like(t, 255)}),
+        "empty": lambda: tensors.clear(),
+        "swap": lambda: tensors.update({name: tensors[others[0]], others[0]: t} if others else {name: t[None]}),
+        "count": lambda: groups["optimizer"].update({n: t + 1 for n, t in groups["optimizer"].items() if n.endswith(".step")}),
+        "negative": lambda: groups["optimizer"].update({n: t - 1 for n, t in groups["optimizer"].items() if n.endswith("exp_avg_sq")}),
+    }
+    way = draw.choice(sorted(ways))
+    ways[way]()
+    rehash(step, groups=groups)
+    return f"{way} {group}.{name}"
+
+
+def forge_manifest(step: Path, draw: random.Random):
+    "Put junk, or nothing, somewhere into a manifest, and hash it anew; what may be right is left alone."
+    manifest = json.loads((step / "manifest.json").read_text())
+    del manifest["sha256"]
+    places = [p for p in nodes(manifest) if not {*p} & (PLAUSIBLE | IDENTITY) and p != ("state", "scaler")]
+    path = draw.choice([p for p in places if "tensors" not in p] if draw.random() < 0.7 else places)
+    new = draw.choice([*JUNK, *([...] if path else [])])
+    if path[-1:] in (("windows",), ("updates",)) and new is ... or path[-1:] == ("tokens",) and new is True or at(manifest, path) == new:
+        new = None  # what follows from the rest may be missing, and True is a number to Python
+    rehash(step, replaced(manifest, path, new))
+    return f"{path} {new}"
+
+
+SHORT = tiny(n_layer=1, d_model=16, n_head=2, d_ff=16, vocab_size=260, bpe_vocab=260, batch_size=4, grad_accum=1, steps=8, save_interval=3,
+             eval_interval=8)
+
+
+@pytest.fixture
+def short(run, tmp_path):
+    "A stopped run with checkpoints of steps 3 and 5, and copies of it: `short()`."
+    source, made = run(SHORT, "source", stop=5).path, []
+
+    def copy() -> Path:
+        made.append(tmp_path / f"copy-{len(made)}")
+        return Path(shutil.copytree(source, made[-1]))
+
+    return copy
+
+
+def checker(config: Config):
+    "What a run asks of a checkpoint."
+    model = make_decoder(config.model)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    return lambda found: train.check_checkpoint(found, config.train, config.train.batch_size * config.train.grad_accum, off, {"": model})
+
+
+@pytest.mark.parametrize("forge", [forge_tensors, forge_manifest])
+def test_a_forged_checkpoint_is_passed_over(short, forge):
+    "Whatever was changed, and however well it was hashed: before one tensor is used, it is found."
+    folder, check = short(), checker(SHORT)
+    step, kept = folder / "checkpoints/step-5", folder / "kept"
+    shutil.copytree(step, kept)
+    assert latest_checkpoint(folder, check)[0].step == 5
+    for seed in range(120):
+        what = forge(step, random.Random(seed))
+        found, skipped = latest_checkpoint(folder, check)
+        assert (found.step, len(skipped)) == (3, 1), f"seed {seed}: {what}"
+        assert "\n" not in skipped[0] and str(step) in skipped[0] and len(skipped[0]) < 500
+        shutil.rmtree(step)
+        shutil.copytree(kept, step)
+
+
+@pytest.mark.parametrize("forge, seed", [(forge_tensors, 1), (forge_tensors, 2), (forge_manifest, 3)])
+def test_a_run_goes_on_from_the_checkpoint_before(short, run, wholes, forge, seed):
+    folder = short()
+    forge(folder / "checkpoints/step-5", random.Random(seed))
+    again = run(SHORT, folder.name)
+    assert result(again) == result(wholes(SHORT))
+    assert events(again, "resume")[-1] == "continued from step 3"
+
+
+def test_with_every_checkpoint_forged_a_run_is_refused(short, run):
+    folder = short()
+    for step in checkpoints(folder):
+        forge_tensors(step, random.Random(5))
+    refused(lambda: run(SHORT, folder.name), runs.BAD_DATA, f"no checkpoint of {folder} can be read", "step-5")
+
+
+def test_hashes_alone_let_a_cut_tensor_through(short, monkeypatch):
+    "The negative control: what crashed the process in the update's kernel."
+    folder = short()
+    groups = read_checkpoint(folder / "checkpoints/step-5").groups
+    name = next(n for n in groups["optimizer"] if n.endswith("exp_avg_sq"))
+    groups["optimizer"][name] = groups["optimizer"][name][:1]
+    rehash(folder / "checkpoints/step-5", groups=groups)
+    assert latest_checkpoint(folder)[0].step == 5
+    assert latest_checkpoint(folder, checker(SHORT))[0].step == 3
+
+
+def test_what_earlier_versions_wrote_is_continued(short, run, wholes):
+    "Checkpoints that do not say how many windows were read, a run.json without the global batch, records without checks."
+    folder = short()
+    for step in checkpoints(folder):
+        manifest = json.loads((step / "manifest.json").read_text())
+        del manifest["state"]["progress"]["windows"], manifest["state"]["progress"]["updates"]
+        rehash(step, manifest)
+    info, metrics = json.loads((folder / "run.json").read_text()), folder / "metrics.jsonl"
+    del info["global_batch"]
+    (folder / "run.json").write_text(json.dumps(info))
+    metrics.write_text("".join(json.dumps(r) + "\n" for r in runs.read_records(folder)))
+    again = run(SHORT, folder.name)
+    assert result(again) == result(wholes(SHORT)) and events(again, "resume") == ["continued from step 5"]
+
+
+DAMAGES = {
+    "cut": lambda data, draw: data[: draw.randrange(len(data))],
+    "byte": lambda data, draw: data[: (i := draw.randrange(len(data)))] + bytes([draw.choice([0xFF, 0, 0x22, 0x7B])]) + data[i + 1 :],
+    "junk": lambda data, draw: draw.choice([b"[]", b"[" * 200_000, b'{"a":' * 200_000, b"\xff\xfe", b"null", b"", b"1" * 5000]),
+}
+
+
+def damage(path: Path, draw: random.Random) -> str:
+    "Damage a file of a run in some way."
+    data = path.read_bytes()
+    if path.suffix == ".json" and draw.random() < 0.6:
+        value = json.loads(data)
+        where, new = draw.choice([p for p in nodes(value) if p]), draw.choice([*JUNK, ...])
+        path.write_text(json.dumps(replaced(value, where, new)))
+        return f"{path.name} {where} {new}"
+    way = draw.choice(sorted(DAMAGES))
+    path.write_bytes(DAMAGES[way](data, draw))
+    return f"{path.name} {way}"
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json", "metrics.jsonl"])
+def test_damaged_files_of_a_run_are_named(short, run, name):
+    "One line with the file's name and exit code 65, or a run that goes on; with another configuration in it, 64."
+    folder, ends = short(), []
+    kept = folder.with_name("kept")
+    shutil.copytree(folder, kept)
+    for seed in range(25):
+        what = damage(folder / name, random.Random(seed))
+        try:
+            load_run(folder).records()
+            run(SHORT, folder.name, stop=6)
+            ends.append("went on")
+        except RunError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, what
+            assert error.exit_code == runs.BAD_DATA or "of another configuration" in str(error), f"{what}: {error}"
+            assert name in str(error) or "is of another configuration" in str(error) or "no checkpoint of" in str(error), f"{what}: {error}"
+            ends.append("refused")
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+    assert ends.count("refused") > 8
+
+
+LINKS = ["lock", "metrics.jsonl", "run.json", "config.json", "checkpoints", "checkpoints/step-5", "checkpoints/step-5/manifest.json",
+         "checkpoints/step-5/model.safetensors", "model", ".tmp-model", "checkpoints/.tmp-step-6", f".tmp-run.json-{os.getpid()}",
+         f".tmp-metrics.jsonl-{os.getpid()}"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_no_link_is_followed(short, run, wholes, tmp_path, name):
+    "What a link leads to stays as it is, and the run is refused in a line or ends as it should."
+    folder, victim = short(), tmp_path / "victim"
+    path = folder / name
+    if path.exists():
+        path.rename(victim)
+    else:
+        victim.mkdir() if "step" in name or "model" in name else victim.touch()
+    (victim / "precious" if victim.is_dir() else victim).open("a").write("")
+    path.symlink_to(victim)
+    before = tree(victim)
+    try:
+        again = run(SHORT, folder.name)
+        assert result(again) == result(wholes(SHORT)) and not path.is_symlink()
+    except RunError as error:
+        assert error.exit_code == runs.BAD_DATA and "is a link" in str(error)
+        assert name in ("lock", "metrics.jsonl", "run.json", "config.json", "checkpoints")
+    assert tree(victim) == before
+
+
+# Machines unlike this one
+
+
+def test_without_flock_a_marker_locks(tmp_path, command, wholes):
+    "A second process is refused, and a marker whose process was killed is taken over."
+    process = start(command(), ("no flock",), ("slow",))
+    wait_for(lambda: trained(tmp_path / "r", 3))
+    rival = start(command(), ("no flock",))
+    assert rival.wait() == runs.USAGE
+    one_line(rival, f"is in use by process {process.pid}")
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = start(command(), ("no flock",), ("no home",))
+    assert again.wait() == 0, again.err
+    assert again.err == "" and result(load_run(tmp_path / "r")) == result(wholes())
+
+
+# One line, whatever it was
+
+
+ERRORS = {"MemoryError": (runs.IO, "out of memory"), "KeyError": (1, "KeyError: 'hf_FakeFakeFake'"), "RecursionError": (runs.BAD_DATA, ""),
+          "OverflowError": (runs.NUMERIC, ""), "UnicodeError": (runs.BAD_DATA, ""), "KeyboardInterrupt": (runs.STOPPED, "interrupted"),
+          "PermissionError": (runs.IO, ""), "AssertionError": (1, "")}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_error_is_one_line(tmp_path, command, kind):
+    code, part = ERRORS[kind]
+    process = start(command(SHORT), ("fail with", kind, 2, "hf_FakeFakeFake"), HF_TOKEN="hf_FakeFakeFake")
+    assert process.wait() == code, process.err
+    one_line(process, part.replace("hf_FakeFakeFake", "[redacted]") if kind == "KeyError" else part)
+    logs = list((tmp_path / "r").glob("error-*.log"))
+    if kind in ("MemoryError", "KeyboardInterrupt", "PermissionError"):
+        assert logs == []
+    else:
+        assert str(logs[0]) in process.err
+        assert logs[0].read_text().startswith("Traceback") and "hf_FakeFakeFake" not in logs[0].read_text() + process.err
+    assert start(command(SHORT)).wait() == 0
+
+
+def test_a_killed_worker_is_one_line(tmp_path, command):
+    config = tiny(workers=1)
+    process = start(command(config), ("kill workers", 5))
+    assert process.wait() == runs.STOPPED
+    one_line(process, "a process that prepares batches ended; the same command continues")
+    assert load_run(tmp_path / "r").info["status"] == "interrupted"
+    assert start(command(config)).wait() == 0
+
+
+def test_a_misspelt_option_is_one_line(command):
+    process = start([*command(SHORT), "--paralel", "zero3"])
+    assert process.wait() == runs.USAGE
+    assert process.err == "RunError: unrecognized arguments: --paralel zero3\n"
 
 
 # Secrets

@@ -3,6 +3,7 @@
 Run with `pytest tests/test_finetune.py`.
 """
 
+import json
 import shutil
 import signal
 import socket
@@ -17,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hybrid_nb.config import Config, ConfigError, FinetuneConfig, override, to_yaml
-from hybrid_nb.data import load_tokenizer
-from hybrid_nb.evaluate import sample_text
+from hybrid_nb.data import DataError, load_tokenizer, prepare
+from hybrid_nb.evaluate import evaluate, sample_text
 from hybrid_nb.finetune import merge, problems, tuning_config
 from hybrid_nb.pipeline import sample_run
 from hybrid_nb.runs import Run, RunError, checkpoints, load_run, read_checkpoint
 from hybrid_nb.train import train
 
-pytest.importorskip("peft", reason="peft is not installed: pip install 'hybrid-nb[peft]'")
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'hybrid-nb[peft]'")
 BASES = {"decoder": tiny(steps=4), "experts": tiny(steps=4, ffn="swiglu", n_routed_experts=4, n_shared_experts=1, moe_d_ff=32),
          "hybrid": tiny_hybrid(steps=4)}
 
@@ -154,3 +155,51 @@ def test_without_peft_only_adapters_are_refused(tmp_path, work, monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install 'hybrid-nb\[peft\]'"):
         train(tuned(work, steps=2), tmp_path / "lora", device="cpu", cache=work / "cache")
     assert train(tuned(work, rank=0, steps=2), tmp_path / "whole", device="cpu", cache=work / "cache").info["status"] == "done"
+
+
+def asked_of(folder: Path, words: int, count: int = 60) -> str:
+    "A file of questions of so many words, answered by one word."
+    rows = [{"question": f"{n} " + "why " * words, "answer": "yes"} for n in range(count)]
+    (folder / f"{words}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / f"{words}.jsonl")
+
+
+def test_prompts_that_leave_no_answer_are_refused_before_training(tmp_path, work, capfd):
+    base = train(BASES["decoder"], work / "base-decoder", device="cpu", cache=work / "cache")
+    same = {"data.valid_fraction": 0.3, "steps": 4, "seq_len": 32}
+    with pytest.raises(DataError, match=r"^\d+ of \d+ training prompts \(100%\) are longer than a window of seq_len=32, and "):
+        train(tuning_config(base, asked_of(tmp_path, 100), overrides=same), tmp_path / "no", device="cpu", cache=work / "cache")
+    assert not (tmp_path / "no" / "model").exists()
+    run = train(tuning_config(base, asked_of(tmp_path, 16), overrides=same), tmp_path / "some", device="cpu", cache=work / "cache")
+    said = [r["detail"] for r in run.records("event") if r["event"] == "data"]
+    assert len(said) == 1 and said[0] in capfd.readouterr().err and "training prompts (100%) are longer" in said[0]
+    run = train(tuning_config(base, asked_of(tmp_path, 2), overrides=same), tmp_path / "all", device="cpu", cache=work / "cache")
+    assert not run.records("event") and capfd.readouterr().err == ""
+
+
+def test_a_head_of_its_own_goes_on(tmp_path, work):
+    "A run whose saved model no longer ties its head is the start of the next, by its weights and not by its old configuration."
+    base = tuned(work).finetune.start
+    run = load_run(base)
+    shutil.copytree(base, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base" / "model").eval()
+    assert run.config.model.tie_embeddings and model.config.tie_embeddings
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], modules_to_save=["lm_head"])
+    wrapped = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                p.normal_(std=0.1)
+    merged = wrapped.merge_and_unload()  # by peft alone
+    merged.save_pretrained(tmp_path / "base" / "model")
+    assert json.loads((tmp_path / "base" / "model" / "config.json").read_text())["tie_embeddings"] is False
+    for tied in (False, True):  # as it is, and as an older file has it, which calls tied what differs
+        config = json.loads((tmp_path / "base" / "model" / "config.json").read_text()) | {"tie_embeddings": tied}
+        (tmp_path / "base" / "model" / "config.json").write_text(json.dumps(config))
+        again = load_run(tmp_path / "base")
+        tuning = tuning_config(again, str(problems(work / "cache", 200)), overrides={"steps": 1, "eval_interval": 1})
+        found = train(replace(tuning, finetune=FinetuneConfig(str(again.path), rank=4)), tmp_path / f"on-{tied}".lower(), device="cpu",
+                      cache=work / "cache")
+        data = prepare(tuning.data, tuning.model.vocab_size, tuning.train.seq_len, work / "cache")
+        batches = data.valid_batches(tuning.train.batch_size, tuning.train.seq_len, tuning.train.eval_batches)
+        assert found.records("eval")[0]["val_loss"] == pytest.approx(evaluate(merged.eval(), batches).nats, abs=1e-5)

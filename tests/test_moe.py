@@ -49,13 +49,16 @@ def test_resuming_is_bit_for_bit(work, changes, monkeypatch):
     assert shares(again) == shares(whole) and all(len(layers) == 1 and abs(sum(layers[0]) - 1) < 1e-5 for layers in shares(whole))
 
 
-def test_two_processes_train_experts(work):
-    "The balance in each sequence is a mean over sequences, so that it too is that of the whole batch."
-    same = SAME | EXPERTS | {"steps": 10}
-    (work / "two.yaml").write_text(to_yaml(driver.tiny(**same, grad_accum=1)))
-    argv = ["--config", work / "two.yaml", "--cache", work / "cache", "--device", "cpu", "--folder", work / "two"]
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_two_processes_train_experts(work, seq_aux):
+    "The balance is that of the whole batch: in each sequence as a mean over sequences, in the batch by counting first."
+    same = SAME | EXPERTS | {"steps": 10, "seq_aux": seq_aux, "eval_batches": 0}
+    name = "two" if seq_aux else "two-batch"
+    size = driver.tiny().train.batch_size
+    (work / f"{name}.yaml").write_text(to_yaml(driver.tiny(**same, grad_accum=2, batch_size=size // 2)))
+    argv = ["--config", work / f"{name}.yaml", "--cache", work / "cache", "--device", "cpu", "--folder", work / name]
     assert ended(two(argv)) == [0, 0]
-    one = train.train(driver.tiny(**same, grad_accum=2), work / "one", device="cpu", cache=work / "cache")
-    both = load_run(work / "two")
+    one = train.train(driver.tiny(**same, grad_accum=1, batch_size=2 * size), work / f"{name}-one", device="cpu", cache=work / "cache")
+    both = load_run(work / name)
     assert gap(both, one, "train", "loss") < 1e-5 and gap(both, one, "eval", "val_loss") < 1e-5
     assert gap(both, one, "train", "grad_norm") < 1e-4

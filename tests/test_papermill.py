@@ -136,7 +136,7 @@ def test_users_words_in_four_ways_at_once(tmp_path):
 
 
 def test_stock_papermill_fails_the_users_words(tmp_path):
-    path = tiny(tmp_path / "pipelines" / "train.ipynb", opted=False)
+    path = tiny(tmp_path / "pipelines" / "train.ipynb", LOOP, opted=False)
     before, seen = path.read_bytes(), four_ways(tmp_path, "pipelines/train.ipynb", "-p", "model", "large")
     assert seen["terminal"][0] == 2 and "Missing argument 'OUTPUT_PATH'" in seen["terminal"][1]
     assert json.loads(seen["pipe"][1])["nbformat"] == 4
@@ -162,14 +162,80 @@ def test_bad_parameters_end_in_one_line_before_anything(tmp_path):
     tiny(tmp_path / "pipelines" / "train.ipynb")
     runs = {words: start([*PAPERMILL, "pipelines/train.ipynb", *words.split()], tmp_path) for words in BAD}
     wrong = ["-p", "stesp", "5", "-p", "flag", "false"]
-    stock = start([*PAPERMILL, "pipelines/train.ipynb", "out.ipynb", *wrong], tmp_path)
+    stock = start([*PAPERMILL, "pipelines/train.ipynb", "out.ipynb", *wrong, *STOCK], tmp_path)
     for words, process in runs.items():
         code, out, err = end(process)
         assert (code, out, err.count("\n")) == (64, "", 1), (words, err)
         assert err.startswith("papermill: ") and BAD[words] in err
     assert not (tmp_path / "reports").exists()
-    assert end(stock)[0] == 0, "stock papermill, with an output path, runs the defaults instead"
+    assert end(stock)[0] == 0, "papermill's own engine runs the defaults instead"
     assert nbformat.read(tmp_path / "out.ipynb", 4).cells[3].source == '# Parameters\nstesp = 5\nflag = "false"\n'
+
+
+PLACES = ["out.ipynb", "-", "new/folder/out.ipynb", "pipelines"]
+TRANSPORT = "from ipykernel import get_connection_info\nprint(get_connection_info(unpack=True)['transport'])"
+
+
+def test_an_output_path_changes_nothing_but_the_place(tmp_path):
+    leak = "import os, sys\nopen('ran', 'a').write('x')\nprint(os.environ['HF_TOKEN'])"
+    tiny(tmp_path / "pipelines" / "train.ipynb", leak, TRANSPORT, SHOW)
+    env, words = os.environ | {"HF_TOKEN": "tk/secret+1"}, [*PAPERMILL, "pipelines/train.ipynb"]
+    wrong = {place: start([*words, place, "-p", "nosuch", "3"], tmp_path, env=env) for place in PLACES}
+    for place, process in wrong.items():
+        code, out, err = end(process)
+        assert (code, out, err.count("\n")) == (64, "", 1) and "unknown parameter 'nosuch'" in err, (place, err)
+    assert [p.name for p in tmp_path.iterdir()] == ["pipelines"], "nothing ran, and nothing was made"
+    right = {place: start([*words, place, "-p", "flag", "false"], tmp_path, env=env) for place in PLACES}
+    ended = {place: end(process) for place, process in right.items()}
+    code, out, err = ended.pop("pipelines")
+    assert (code, out, err.count("\n")) == (64, "", 1) and "output path pipelines is not that of a notebook" in err, err
+    made = {"-": ended["-"][1]} | {place: (tmp_path / place).read_text() for place in ended if place != "-"}
+    for place, text in made.items():
+        nb = nbformat.reads(text, 4)
+        assert ended[place][0] == 0 and report_problem(nb) is None, ended[place]
+        assert "tk/secret" not in text + ended[place][2] and nb.cells[5].outputs[0].text == "ipc\n"
+        assert nb.metadata["hybrid_nb"]["result"]["headline"]["flag"] is False
+        assert place == "-" or {"out.html", "index.html"} <= {p.name for p in (tmp_path / place).parent.iterdir()}
+    assert (tmp_path / "ran").read_text() == "xxx"
+
+
+def test_what_is_no_report_is_not_written_to_stdout(tmp_path):
+    runs = {}
+    for name, (cell, _, _) in ENDS.items():
+        source = tiny(tmp_path / "pipelines" / f"{name}.ipynb", cell, SHOW)
+        runs[name] = start([*PAPERMILL, source, "-"], tmp_path)
+    for name, process in runs.items():
+        code, out, err = end(process)
+        assert (code, out) == (ENDS[name][1], "") and err.splitlines()[-1].startswith(f"papermill: {ENDS[name][2]}"), (name, err)
+
+
+def test_papermills_other_options_go_on_working(tmp_path):
+    tiny(tmp_path / "pipelines" / "train.ipynb", "import os\nopen('here', 'w')\nprint('https://me:pw@example.org/x')", SHOW)
+    (tmp_path / "sub").mkdir()
+    options = "-k python3 -l python --cwd sub --report-mode --log-output --no-progress-bar --autosave-cell-every 1 --start-timeout 60 "
+    options += "--request-save-on-cell-execute --execution-timeout 60 --stdout-file so --stderr-file se --inject-paths --log-level ERROR"
+    one = start([*PAPERMILL, "pipelines/train.ipynb", "out.ipynb", *options.split(), "-p", "steps", "7"], tmp_path)
+    values = {"-r": ["steps", "9"], "-y": ["{flag: false}"], "-b": ["bW9kZWw6IGJhc2U="]}  # model: base
+    words = [word for name, given in values.items() for word in (name, *given)]
+    two = start([*PAPERMILL, "pipelines/train.ipynb", "prepared.ipynb", "--prepare-only", *words], tmp_path)
+    code, out, err = end(one)
+    assert code == 0, err
+    nb = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert report_problem(nb) is None and (tmp_path / "sub" / "here").exists()
+    assert nb.cells[1].metadata["jupyter"] == {"source_hidden": True}
+    assert (tmp_path / "sub" / "so").read_text() == "https://example.org/x\n"
+    assert end(two)[0] == 0 and not (tmp_path / "here").exists()
+    prepared = nbformat.read(tmp_path / "prepared.ipynb", 4)
+    assert set(prepared.cells[3].source.splitlines()) == {"# Parameters", "steps = 9", "flag = False", 'model = "base"'}
+    assert {cell.get("execution_count") for cell in prepared.cells} == {None}
+
+
+def test_a_notebook_without_its_metadata_is_still_known(tmp_path):
+    tiny(tmp_path / "train.ipynb", opted=False)
+    code, out, err = end(start([*PAPERMILL, "train.ipynb", "-p", "nosuch", "3"], tmp_path))
+    assert (code, out, err.count("\n")) == (64, "", 1) and "unknown parameter 'nosuch'" in err, err
+    code, out, err = end(start([*PAPERMILL, "train.ipynb", "out.ipynb"], tmp_path))
+    assert code == 0 and nbformat.read(tmp_path / "out.ipynb", 4).metadata["hybrid_nb"]["pipeline"] == "train", err
 
 
 def test_report_folder_that_cannot_be_written(tmp_path):
@@ -303,6 +369,17 @@ def test_secrets_and_paths_stay_out(tmp_path):
     assert "https://example.org/x ." in report.read_text()
     assert "<b>[redacted]</b>" in report.with_suffix(".html").read_text()
     assert nbformat.read(report, 4).cells[5].outputs[0].text == "ipc\n"
+
+
+def test_forty_thousand_lines_are_kept(tmp_path):
+    many = "for i in range(40_000): print('line', i, 'https://me:pw@example.org/x')"
+    tiny(tmp_path / "pipelines" / "train.ipynb", many, SHOW)
+    code, out, err = end(start([*PAPERMILL, "pipelines/train.ipynb"], tmp_path))
+    assert code == 0, err
+    lines = [f"line {i} https://example.org/x" for i in range(40_000)]
+    assert out.splitlines()[:40_000] == lines
+    (report,) = (tmp_path / "reports").glob("*.ipynb")
+    assert nbformat.read(report, 4).cells[3].outputs[0].text.splitlines() == lines
 
 
 def test_command_lines_are_read_as_click_reads_them():

@@ -4,6 +4,8 @@ import ast
 import configparser
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +202,84 @@ def test_readme_map_lists_every_notebook():
     text = (ROOT / "README.md").read_text()
     for path in NOTEBOOKS + PIPELINES:
         assert f"]({path.relative_to(ROOT).as_posix()})" in text, f"the map lacks {path.name}: make docs"
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    "A repository of the files that hooks touch, with a notebook and a pipeline, and a home that is empty."
+    for name in ("HOME", "XDG_CONFIG_HOME", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "x")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "x@example.org")
+    there = tmp_path / "a clone"
+    files = "Makefile settings.ini constraints.txt .gitattributes hooks/clean.py nbs/14_evaluate.ipynb pipelines/train.ipynb"
+    for name in files.split():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, there / name)
+    (tmp_path / "home").mkdir()
+    in_clone(there, "git init -q -b main", "git add -A", "git commit -qm start")
+    return there
+
+
+def in_clone(there: Path, *commands: str, code: int = 0) -> str:
+    "What the last of some commands prints; all but it must succeed."
+    for i, words in enumerate(commands, 1):
+        run = subprocess.run(shlex.split(words), cwd=there, capture_output=True, text=True)
+        assert run.returncode == (code if i == len(commands) else 0), (words, run.stdout, run.stderr)
+    return run.stdout
+
+
+HOOKS = f"make -s hooks VENV={sys.prefix}"
+
+
+def executed(path: Path):
+    "Leaves a notebook as JupyterLab leaves it: counts, times, the kernel's version, and an output."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    nb["metadata"]["language_info"] = {"name": "python", "version": "3.11.7"}
+    for number, cell in enumerate(nb["cells"], 1):
+        cell["metadata"]["execution"] = {"iopub.status.busy": "2026-01-01"}
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = number
+    if path.parent.name == "pipelines":
+        last = [cell for cell in nb["cells"] if cell["cell_type"] == "code"][-1]
+        last["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["x"]}]
+    path.write_text(json.dumps(nb, indent=1), encoding="utf-8")
+
+
+def test_hooks_clean_on_commit_and_touch_nothing_else(clone):
+    before = {p.relative_to(clone): p.read_bytes() for p in clone.rglob("*") if p.is_file() and p.name != "config"}
+    in_clone(clone, HOOKS)
+    after = {p.relative_to(clone): p.read_bytes() for p in clone.rglob("*") if p.is_file() and p.name != "config"}
+    assert after == before and list((clone.parent / "home").iterdir()) == []
+    assert in_clone(clone, "git status --porcelain") == ""
+    for name in ("nbs/14_evaluate.ipynb", "pipelines/train.ipynb"):
+        executed(clone / name)
+        assert in_clone(clone, f"git add {name}", f"git show :{name}").encode() == (ROOT / name).read_bytes()
+    assert in_clone(clone, "git status --porcelain") == ""
+    (clone / "nbs" / "broken.ipynb").write_text("{")
+    assert in_clone(clone, "git add -A", "git show :nbs/broken.ipynb") == "{", "what is no notebook is kept as it is"
+
+
+def test_without_hooks_counts_are_committed(clone):
+    executed(clone / "nbs" / "14_evaluate.ipynb")
+    assert "2026-01-01" in in_clone(clone, "git add -A", "git show :nbs/14_evaluate.ipynb")
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_hooks_merge_cell_by_cell(clone, hooks):
+    if hooks:
+        in_clone(clone, HOOKS)
+    path = clone / "nbs" / "14_evaluate.ipynb"
+    text = path.read_text(encoding="utf-8")
+    for branch, heading in (("theirs", "Theirs"), ("main", "Ours")):
+        in_clone(clone, f"git checkout -q {'-b ' * (branch == 'theirs')}{branch}")
+        path.write_text(re.sub(r'"# .*\\n"', f'"# {heading}\\\\n"', text, count=1), encoding="utf-8")
+        in_clone(clone, f"git commit -qam {branch}")
+    in_clone(clone, "git merge -q theirs", code=1)
+    if not hooks:
+        with pytest.raises(ValueError):
+            json.loads(path.read_text(encoding="utf-8"))
+        return
+    sources = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    assert any("# Ours" in source for source in sources) and any("# Theirs" in source for source in sources)

@@ -96,8 +96,8 @@ def test_verify_in_a_process_is_one_line(tmp_path):
 
 def test_a_forged_report_is_found_without_hashes(tmp_path):
     def forge(change):
-        for end in (".ipynb", ".html"):
-            shutil.copy(REPORTS / f"train-smoke-bc5d05{end}", tmp_path)
+        for suffix in (".ipynb", ".html"):
+            shutil.copy(REPORTS / f"train-smoke-bc5d05{suffix}", tmp_path)
         path = tmp_path / "train-smoke-bc5d05.ipynb"
         nb = nbformat.read(path, 4)
         change(nb, [c for c in nb.cells if c.cell_type == "code"])

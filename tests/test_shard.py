@@ -107,6 +107,36 @@ def test_a_killed_layout_resumes_bit_for_bit(sharded, work):
     assert result(load_run(work / "killed")) == result(sharded["zero3"])
 
 
+def test_what_one_rank_sees_all_decide(work):
+    "NaN in a gradient, or an infinite loss, on either rank, in every layout: both raise, or neither."
+    assert ended(two([], ("one rank sees", work))) == [0, 0]
+    first, second = (json.loads((work / f"saw-{rank}.json").read_text()) for rank in (0, 1))
+    naive = first.pop("naive"), second.pop("naive")
+    assert naive[0] == "went on" and "nan" in naive[1], "the negative control: under tp2 each rank decided alone, and they parted"
+    kinds = {"ddp": {"whole"}, "zero1": {"whole"}, "zero2": {"sharded"}, "zero3": {"sharded"}, "tp2": {"whole", "sharded"}}
+    for case, told in first.items():
+        mode, what, _ = case.split()
+        if what in ("whole", "sharded") and what not in kinds[mode]:
+            assert told is None, case
+        elif what == "nothing":
+            assert (told, second[case]) == ("went on", "went on"), case
+        else:
+            wrong = "loss inf" if what == "loss" else "gradient norm nan"
+            assert wrong in told and wrong in second[case], f"{case}: {told}; {second[case]}"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_halves_stop_together_and_go_on(sharded, work, rank):
+    "One rank of tp2 meets NaN; both end, with a checkpoint from which the same command continues."
+    name = f"nan-{rank}"
+    ranks = two(command(work, name, "tp2"), ("nan gradient", 6, rank))
+    assert ended(ranks) == [runs.NUMERIC] * 2
+    assert "gradient norm nan at step 7" in ranks[0].err and load_run(work / name).info["status"] == "failed"
+    assert checkpoints(work / name)[0].name == "step-6"
+    assert ended(two(command(work, name, "tp2"))) == [0, 0]
+    assert result(load_run(work / name)) == result(sharded["tp2"])
+
+
 def test_a_hybrid_model_in_shards(work):
     same = {"dropout": 0.0, "attn_dropout": 0.0, "branch_dropout": 0.0, "log_interval": 1, "steps": 6, "eval_interval": 6}
     config = driver.tiny_hybrid(**same, grad_accum=1)

@@ -5,10 +5,12 @@ Run with `pytest tests/test_torchrun.py`. torchrun itself starts three times; th
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import driver
@@ -49,13 +51,13 @@ def torchrun(*argv) -> subprocess.Popen:
                             stderr=subprocess.PIPE, start_new_session=True)
 
 
-def two(argv: list, *faults: tuple) -> list[Process]:
-    "The two ranks as torchrun would start them, forked."
+def two(argv: list, *faults: tuple, ranks: int = 2) -> list[Process]:
+    "The two ranks, or another number, as torchrun would start them, forked."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(argv, *faults, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(argv, *faults, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(ranks)]
 
 
 def ended(processes: list[Process]) -> list[int]:
@@ -153,13 +155,74 @@ def test_nan_on_one_rank_stops_both(whole, work, command):
     assert result(load_run(work / "nan")) == result(whole)
 
 
-def test_a_killed_rank_ends_the_other(whole, work, command):
-    ranks = two(command("killed"), ("slow",))
-    wait_for(lambda: trained(work / "killed", 3))
-    os.kill(ranks[1].pid, signal.SIGKILL)
-    assert ended(ranks)[1] == -signal.SIGKILL
-    assert ended(two(command("killed"))) == [0, 0]
-    assert result(load_run(work / "killed")) == result(whole)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other(whole, work, command, rank):
+    "In one line that says which; the run is shown as interrupted, whoever was there to write it down."
+    name = f"killed-{rank}"
+    ranks = two(command(name), ("slow",))
+    wait_for(lambda: trained(work / name, 3))
+    assert load_run(work / name).info["status"] == "running"
+    os.kill(ranks[rank].pid, signal.SIGKILL)
+    other = 1 - rank
+    codes = ended(ranks)
+    assert (codes[rank], codes[other]) == (-signal.SIGKILL, runs.STOPPED), ranks[other].err
+    assert ranks[other].err == f"RunError: process {rank} of 2 ended; the same command continues\n"
+    left = load_run(work / name)
+    assert left.info["status"] == "interrupted" and left.info["error"].endswith(" ended; the same command continues")
+    assert "gloo" not in (left.path / "run.json").read_text()
+    assert ended(two(command(name))) == [0, 0]
+    assert result(load_run(work / name)) == result(whole)
+
+
+def test_what_one_rank_cannot_read_all_pass_over(work, command):
+    "The checkpoint to continue from is chosen by all."
+    config = work / "often.yaml"
+    config.write_text(to_yaml(replace(TWO, train=replace(TWO.train, steps=8, save_interval=3, eval_interval=8, workers=0))))
+    argv = [config if a == work / "two.yaml" else a for a in command("unread")]
+    assert ended(two(argv, ("kill step", 7))) == [-signal.SIGKILL] * 2
+    shutil.copytree(work / "unread", work / "read")
+    assert ended(two(argv, ("unreadable", 6, 1))) == [0, 0]
+    assert ended(two([work / "read" if a == work / "unread" else a for a in argv])) == [0, 0]
+    one, both = load_run(work / "unread"), load_run(work / "read")
+    assert result(one) == result(both)
+    assert events(both, "resume") == ["continued from step 6"]
+    assert events(one, "resume") == ["checkpoint checkpoints/step-6 cannot be read by another process", "continued from step 3"]
+
+
+MOVED = {"steps": 9, "save_interval": 3, "eval_interval": 9}
+
+
+@pytest.mark.parametrize("turns", [(1, 2, 1), (2, 1, 4)], ids=str)
+def test_another_number_of_processes_keeps_the_global_batch(work, turns):
+    "Killed and continued by other numbers of processes, a run reads the windows of the uninterrupted one and learns from them the same."
+    config = tiny(**SAME | MOVED, grad_accum=2 // turns[0])
+    path, name = work / f"moved-{turns[0]}.yaml", f"moved-{turns[0]}"
+    path.write_text(to_yaml(config))
+    argv = ["--config", path, "--cache", work / "cache", "--device", "cpu", "--folder", work / name]
+    for ranks, kill in zip(turns, (4, 7, None), strict=True):
+        processes = two(argv, *([("kill step", kill)] if kill else []), ranks=ranks) if ranks > 1 else [
+            start(argv, *([("kill step", kill)] if kill else []))]
+        assert ended(processes) == [-signal.SIGKILL if kill else 0] * ranks, processes[0].err
+    moved = load_run(work / name)
+    one = train.train(tiny(**SAME | MOVED, grad_accum=2), work / "unmoved", device="cpu", cache=work / "cache")
+    for key in ("data_hash", "tokens_seen", "global_batch"):
+        assert moved.info[key] == one.info[key], key
+    assert gap(moved, one, "train", "loss") < 1e-5 and gap(moved, one, "eval", "val_loss") < 1e-5
+    a, b = (load_file(r.path / "model/model.safetensors") for r in (moved, one))
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-3
+    assert any("32 windows an update as before" in note for note in events(moved, "resume"))
+
+
+def test_a_number_of_processes_that_cannot_share_is_refused(work, single):
+    "And the line says what would work."
+    path = work / "one.yaml"
+    path.write_text(to_yaml(tiny(**SAME | MOVED, grad_accum=2)))
+    argv = ["--config", path, "--cache", work / "cache", "--device", "cpu", "--folder", work / "uneven"]
+    assert start(argv, ("kill step", 4)).wait() == -signal.SIGKILL
+    ranks = two(argv, ranks=3)
+    assert ended(ranks) == [runs.USAGE] * 3
+    line = "RunError: 3 processes cannot share the 32 windows of an update of this run evenly; 1, 2, 4, 8, 16 can\n"
+    assert [p.err for p in ranks] == [line] * 3
 
 
 def test_a_folder_in_use_is_refused(work, command):
@@ -167,7 +230,8 @@ def test_a_folder_in_use_is_refused(work, command):
     with runs.locked(work / "used"):
         ranks = two(command("used"))
         codes = ended(ranks)
-    assert codes[0] == runs.USAGE and codes[1] != 0
+    assert codes == [runs.USAGE, runs.STOPPED]
+    assert ranks[1].err == "RunError: process 0 of 2 ended; the same command continues\n"
     assert f"is in use by process {os.getpid()}" in ranks[0].err
 
 
