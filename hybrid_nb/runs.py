@@ -154,7 +154,6 @@ def scrub(
 
 # %% ../nbs/13_runs.ipynb #34b70d83
 _MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.I)
-_WORKER = re.compile(r"DataLoader worker .*(killed|exited|terminated)")
 
 def first_line(text: Any) -> str:
     "The first line of a message that has something on it."
@@ -168,8 +167,6 @@ def foreseen(error: BaseException) -> tuple[str, int] | None:
         return "interrupted", STOPPED
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and _MEMORY.search(text):
         return f"out of memory: {told}", IO
-    if isinstance(error, RuntimeError) and _WORKER.search(text):
-        return f"a process that prepares batches ended; the same command continues ({text})", STOPPED
     if hasattr(error, "exit_code"):
         return told, error.exit_code
     return (told, IO) if isinstance(error, OSError) else None

@@ -864,7 +864,7 @@ def test_a_killed_worker_is_one_line(tmp_path, command):
     config = tiny(workers=1)
     process = start(command(config), ("kill workers", 5))
     assert process.wait() == runs.STOPPED
-    one_line(process, "a process that prepares batches ended; the same command continues")
+    one_line(process, "a process that reads batches was ended (DataLoader worker", "the same command continues")
     assert load_run(tmp_path / "r").info["status"] == "interrupted"
     assert start(command(config)).wait() == 0
 

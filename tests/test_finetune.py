@@ -62,7 +62,7 @@ def test_killed_and_run_again(tmp_path, work, whole, step):
     assert start(argv, ("kill step", step)).wait() == -signal.SIGKILL
     again = start(argv)
     assert again.wait() == 0, again.err
-    assert again.out.startswith("step ") and again.out.splitlines()[-1] == f"done: {tmp_path / 'r'}"
+    assert any(line.startswith("step ") for line in again.out.splitlines()) and again.out.splitlines()[-1] == f"done: {tmp_path / 'r'}"
     assert result(load_run(tmp_path / "r")) == result(whole)
     files = [p / "finetune" / "adapter_model.safetensors" for p in (tmp_path / "r", whole.path)]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -174,7 +174,7 @@ def test_prompts_that_leave_no_answer_are_refused_before_training(tmp_path, work
     said = [r["detail"] for r in run.records("event") if r["event"] == "data"]
     assert len(said) == 1 and said[0] in capfd.readouterr().err and "training prompts (100%) are longer" in said[0]
     run = train(tuning_config(base, asked_of(tmp_path, 2), overrides=same), tmp_path / "all", device="cpu", cache=work / "cache")
-    assert not run.records("event") and capfd.readouterr().err == ""
+    assert "data" not in {r["event"] for r in run.records("event")} and capfd.readouterr().err == ""
 
 
 def test_a_head_of_its_own_goes_on(tmp_path, work):
