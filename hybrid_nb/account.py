@@ -15,6 +15,7 @@ import functools
 import math
 import re
 import shlex
+import typing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from hybrid_nb.config import (
     ConfigError,
     HybridConfig,
     ModelConfig,
+    TrainConfig,
     agree,
     brief,
     cast,
@@ -481,6 +483,7 @@ class RunPlan:
     run: str  # the run folder's name; '': made from the configuration
     device: str  # 'cpu' or 'cuda'
     command: str  # the shell command that makes this run again
+    note: str = ""  # why the precision is another than was asked for
 
 _FIELDS = {"data": "data.source", "text_key": "data.text_key", "tokenizer": "data.tokenizer",
            "batch_size": "train.batch_size", "lr": "train.lr", "seed": "train.seed", "precision": "train.precision",
@@ -493,25 +496,25 @@ def default_device() -> str:
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-def _fit(whole: Config, runs: int, longest: float) -> tuple[Config, str | None]:
-    "A configuration that a CPU trains in time, and what it leaves out: None where it is the whole."
+def _fit(whole: Config, runs: int, longest: float) -> tuple[Config, str | None, str]:
+    "A configuration that a CPU trains in time, what it leaves out (None: nothing), and why its precision is another."
     from hybrid_nb.rates import emulation_note, precision_rate, rate_text, settle_precision
 
-    ask = "-p full true" if runs == 1 else "-p steps"
+    ask = "-p full true" if runs == 1 else "-p steps N"
     wanted, seconds = whole.train.precision, runs * run_seconds(whole, 1.0)
     here = settle_precision(wanted)
     if seconds / precision_rate(here) <= longest:
-        return whole, None
+        return whole, None, ""
     taken = "auto" if precision_rate(here) < precision_rate("fp32") else wanted
     faster = settle_precision(taken)
     slow = "" if taken == wanted else emulation_note(here) or f"{here} is slower here than fp32"
     rate = precision_rate(faster)
     if seconds / rate <= longest:
         config = replace(whole, train=replace(whole.train, precision=taken))
-        return config, f"{slow}; the run takes {faster} instead. Ask for {here} by `{ask}`."
+        return config, None, f"{slow}; the run takes {faster} instead. Ask for {here} by `{ask}`."
     trial = trial_config(whole, trial_flops(rate, runs), taken)
     told = f"{rate_text(rate)} in {faster}{slow and f' ({slow})'}"
-    return trial, describe_trial(whole, trial, seconds / rate, told, ask)
+    return trial, describe_trial(whole, trial, seconds / rate, told, ask), ""
 
 def _by_parameter(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     "What a user gave, by the names of `plan_run`'s parameters; and the fields that no parameter stands for."
@@ -520,7 +523,9 @@ def _by_parameter(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         field = ALIASES.get(name, name)
         own = "data" if field == "source" else field
         if own == "steps" or own in _FIELDS:
-            agree(given, own, value, f"{name}={brief(value)}")
+            hint = typing.get_type_hints(TrainConfig).get(own)
+            if not (own in given and hint and cast(own, given[own], hint) == cast(own, value, hint)):
+                agree(given, own, value, f"{name}={brief(value)}")
         elif name in FIELD_NAMES:
             others[name] = value
         else:
@@ -541,7 +546,7 @@ def plan_run(
     "The run that a user's parameters ask for."
     model, overrides, full = cast("model", model, str), cast("overrides", overrides, str), cast("full", full, bool)
     given, others = _by_parameter(({"steps": steps} if steps else {}) | values)
-    given = {k: v for k, v in given.items() if v not in (("", -1, None) if k == "seed" else ("", 0, None))}
+    given = {k: v for k, v in given.items() if v is False or v not in (("", -1, None) if k == "seed" else ("", 0, None))}
     overrides = " ".join(text for text in (overrides, written(others)) if text)
     steps = cast("steps", given.pop("steps", 0), int)
     if device is not None and not (isinstance(device, str) and re.fullmatch(r"cpu|cuda(:\d+)?", device)):
@@ -550,14 +555,22 @@ def plan_run(
     if steps < 0:
         raise ConfigError(f"steps={steps} must be at least 1, or 0 for the preset's")
     config = shorten(config, steps) if steps else config
-    whole = override(config, {_FIELDS[k]: v for k, v in given.items()} | parse_overrides(overrides))
+    said = override(config, parse_overrides(overrides))
+    for name, value in given.items():
+        of, _, field = _FIELDS[name].partition(".")
+        changed = getattr(getattr(said, of), field) != getattr(getattr(config, of), field)
+        if changed and override(said, {_FIELDS[name]: value}) != said:
+            raise ConfigError(f"overrides={brief(overrides)} contradicts {name}={brief(value)}")
+    whole = override(said, {_FIELDS[k]: v for k, v in given.items()})
+    if steps and whole.train.steps != steps:
+        raise ConfigError(f"overrides={brief(overrides)} contradicts steps={steps}")
     device = device or default_device()
-    config, trial = whole, None
+    config, trial, note = whole, None, ""
     if not full and device == "cpu":
         own = runs > 1 or whole.name in WATCHED and whole.train.steps == get_config(whole.name).train.steps
-        config, trial = _fit(whole, runs, PROMISE if own else LONGEST)
+        config, trial, note = _fit(whole, runs, PROMISE if own else LONGEST)
     rest = {"overrides": overrides, "full": "true" if full else "", "run": run}
     typed = {"model": model, "steps": steps} | given | rest
     words = [f"-p {name} {shlex.quote(str(v))}" for name, v in typed.items() if v or name in given]
     command = " ".join(["papermill pipelines/train.ipynb", *words])
-    return RunPlan(config, whole, trial, run, device, command)
+    return RunPlan(config, whole, trial, run, device, command, note)

@@ -442,7 +442,7 @@ class DecoderModel(DecoderPreTrainedModel):
         before = None if prepared else kept_positions(past_key_values, past)
         keep_BS = attention_mask[:, : past + T].bool() if attention_mask is not None and attention_mask.dim() == 2 else None
         if keep_BS is not None and keep_BS.shape[1] < past + T:
-            keep_BS = None
+            raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)} does not cover {past} cached and {T} new tokens")
         count = position_ids is not None or before is not None
         position_ids = token_positions(T, config.max_seq_len, h_BTD.device, keep_BS, past, position_ids, before)
         if prepared or not (count or past_key_values is not None or keep_BS is not None or config.qk_shift):

@@ -69,11 +69,6 @@ def check_student(
 # %% ../nbs/23_distill.ipynb #aa073afb
 Lesson = Callable[[Tensor, tuple[int, int]], tuple[KV, Tensor | None]]  # inputs (B, T), step and micro-batch: KV and mask (B, T)
 
-def _add_shares(module: nn.Module, state: dict[str, Tensor], prefix: str, *_):
-    "In states saved before positions were counted, every micro-batch counts in full."
-    if f"{prefix}total" in state and f"{prefix}shares" not in state:
-        state[f"{prefix}shares"] = state[f"{prefix}total"][1].expand(len(module.lessons)).clone()
-
 class Distillation(Objective):
     "Next-token prediction, and keys and values near those of teachers."
     name = "projector"
@@ -99,11 +94,10 @@ class Distillation(Objective):
         self.register_buffer("sums", torch.zeros(len(names), n, 2, 3, dtype=torch.float64))
         self.register_buffer("total", torch.zeros(2, dtype=torch.float64))  # of the losses, and how many
         self.register_buffer("shares", torch.zeros(len(names), dtype=torch.float64))  # of the positions that count, in micro-batches
-        self.register_load_state_dict_pre_hook(_add_shares)
 
     def forward(self, model, inputs, targets, count, place):
         with self.tap.listen():
-            out = model(inputs, shift_labels=targets, num_items_in_batch=count, use_cache=False)
+            out = model(inputs, shift_labels=targets, num_items_in_batch=count, use_cache=False, return_dict=True)
         with torch.no_grad():
             told = {name: lesson(inputs, place) for name, lesson in self.lessons.items()}
         masks = {name: mask for name, (_, mask) in told.items() if mask is not None}
@@ -118,6 +112,12 @@ class Distillation(Objective):
         out["token_loss"] = out.get("token_loss", out.loss).detach()
         out["loss"] = out.loss + self.config.kv_weight / self.grad_accum * loss
         return out
+
+    def upgraded(self, state):
+        "A state from before positions were counted: every micro-batch counted in full."
+        if "shares" in state or state.get("total", torch.empty(0)).shape != self.total.shape:
+            return state
+        return state | {"shares": state["total"][1].expand(len(self.lessons)).clone()}
 
     def means(self, world: World) -> dict[str, Any]:  # teacher/layer/k or v: squared error, 1 - cosine, power of the target
         "The parts of the loss of keys and values, over the micro-batches since the last call."

@@ -86,7 +86,7 @@ def evaluate(
                 continue
             inputs, targets, keep = (t[rows].to(device, non_blocking=True) for t in (inputs, targets, keep))
             out = model(inputs, attention_mask=None if keep.all() else keep.long(), shift_labels=targets, num_items_in_batch=1,
-                        use_cache=False, logits_to_keep=1)
+                        use_cache=False, logits_to_keep=1, return_dict=True)
             total += out.loss.double()
             count += int((targets != -100).sum())
             places += int(keep.sum())

@@ -285,7 +285,7 @@ class Finetuning(Objective):
         self.lr, self.sha256, self.info = lr, sha256, info
 
     def forward(self, model, inputs, targets, count, place):
-        return model(inputs, shift_labels=targets, num_items_in_batch=count, use_cache=False)
+        return model(inputs, shift_labels=targets, num_items_in_batch=count, use_cache=False, return_dict=True)
 
     def means(self, world: World) -> dict[str, float]:
         "Nothing beside the loss."

@@ -32,6 +32,7 @@ from .evaluate import perplexity, ppl_change
 from .report import GREY, Picture, StoredRun, Table, as_results, check_bundle, overall
 from .runs import BAD_DATA, Run, RunError, in_checkout
 from .study import ALPHA, MARGIN, PALETTE, Arm, Comparison, Study, compare, spread, t_interval
+from .train import global_batch
 
 # %% ../nbs/21_freeze.ipynb #cff5f3cb
 _FROZEN = {"q": "frozen-orthogonal", "k": "frozen-orthogonal", "ortho_method": "per-head"}
@@ -132,7 +133,7 @@ def steps_per_hour(run: Run | StoredRun) -> float | None:
     "The median rate of a run's updates."
     t, train = run.config.train, run.records("train")
     rates = [r["tokens_per_s"] for r in train[1:] or train if r.get("tokens_per_s")]
-    tokens = run.info.get("global_batch", t.batch_size * t.grad_accum * run.info.get("world_size", 1)) * t.seq_len
+    tokens = global_batch(run.info, t, 1) * t.seq_len
     return 3600 * float(np.median(rates)) / tokens if rates else None
 
 def first_below(

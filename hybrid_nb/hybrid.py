@@ -237,6 +237,12 @@ class HybridTrunk(DecoderPreTrainedModel):
         self.__dict__["whole"] = whole  # no part of this one
         self.training = whole.training
 
+    def train(self, mode: bool = True) -> "HybridTrunk":
+        "Set the whole model, of which this is a view, to training or evaluation."
+        self.whole.train(mode)
+        self.training = mode
+        return self
+
     @can_return_tuple
     def forward(self, *inputs, output_hidden_states: bool | None = None, **named) -> BaseModelOutputWithPast:
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

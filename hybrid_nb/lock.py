@@ -38,7 +38,7 @@ def take_lock(
 
 def is_held(path: Path) -> bool:
     "Whether a process holds a lock; also True where that cannot be told."
-    if not path.exists():
+    if path.is_symlink() or not path.exists():  # a link is nobody's lock: none is taken through one
         return False
     try:
         lock = take_lock(path)

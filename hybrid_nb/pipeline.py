@@ -20,6 +20,7 @@ import base64
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import html
 import html.parser
@@ -86,6 +87,8 @@ from hybrid_nb.runs import (
     last_words,
     load_run,
     replace_file,
+    say,
+    silence,
     temporary_folder,
 )
 from .runs import first_line as _line
@@ -302,7 +305,8 @@ def _remove_left(reports: Path, stem: str):
             stems.append(path.name.removeprefix(".tmp-").removesuffix(".ipynb.lock"))
             path.unlink(missing_ok=True)
             lock.release()
-    left = [path for name in stems for path in reports.glob(f".tmp-{name}.*-*")]
+    kinds = (".ipynb", ".FAILED.ipynb", ".html")
+    left = [path for name in stems for kind in kinds for path in reports.glob(f".tmp-{glob.escape(name + kind)}-*")]
     shared = (path for name in ("index.html", "probe") for path in reports.glob(f".tmp-{name}-*"))
     for path in left + [path for path in shared if path.stat().st_mtime < time.time() - 60]:
         path.unlink(missing_ok=True)
@@ -876,22 +880,6 @@ def private_transport():
         yield Config(KernelManager=manager)
 
 # %% ../nbs/18_pipeline.ipynb #7e585560
-def _silence(stream):
-    "Sends what is still printed to a stream nowhere, so that nothing fails at the end."
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
-def _say(text: str, name: str = "stdout"):
-    "Prints to a stream of this process, as long as somebody reads."
-    stream = getattr(sys, name)
-    try:
-        if stream:
-            print(text, file=stream, flush=True)
-    except OSError:
-        _silence(stream)
-
 def _settled(line: str) -> str:
     "What is left to see of a line with carriage returns."
     return line.rstrip("\r").rpartition("\r")[2]
@@ -918,7 +906,7 @@ class Echo:
                 tqdm.write(redact("\n".join(map(_settled, lines))), file=self.stream)
                 self.stream.flush()
             except OSError:  # the reader of a pipe has gone; the run goes on
-                _silence(self.stream)
+                silence(self.stream)
                 self.stream = None
 
     def flush(self):
@@ -980,7 +968,7 @@ class Interrupts:
     def _handle(self, number, frame):
         if self.name is None:
             self.name = signal.Signals(number).name
-            _say(f"{self.name}: interrupting the notebook; once more ends it at once", "stderr")
+            say(f"{self.name}: interrupting the notebook; once more ends it at once", "stderr")
             threading.Thread(target=self._deliver, daemon=True).start()
         elif not self._send(signal.SIGKILL):
             raise KeyboardInterrupt
@@ -1316,7 +1304,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
         claim.release()
     Published(output)
     numbers = ", ".join(f"{k} {_number_text(v)}" for k, v in found["headline"].items() if v is not None)
-    _say(f"verdict {found['verdict']}: {numbers}\nreport  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}")
+    say(f"verdict {found['verdict']}: {numbers}\nreport  {_shown(report)}\npage    {_shown(report.with_suffix('.html'))}")
     return nb
 
 # %% ../nbs/18_pipeline.ipynb #8e5ab5a9
@@ -1324,7 +1312,7 @@ def _leave(error: BaseException, program: str):
     "Ends the process with one line."
     line, code = last_words(error, clean=redact)
     line = line.removeprefix(f"{type(error).__name__}: ") if foreseen(error) else line
-    _say(f"{program}: {redact(line)}", "stderr")
+    say(f"{program}: {redact(line)}", "stderr")
     raise SystemExit(code) from None
 
 class HybridEngine:
@@ -1521,7 +1509,7 @@ def plan_text(
     note = f"time here: {ASSUMED_MFU:.0%} of {rate_text(rate)} in matrix products; evaluation is not counted"
     reasons = [slow, "the whole schedule was made for GPUs" if run_seconds(plan.whole, rate) > 31_557_600 else ""]
     note += "".join(f"; {reason}" for reason in reasons if reason)
-    parts = [plan.trial, *notes_before(plan.config), f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
+    parts = [plan.trial, plan.note, *notes_before(plan.config), f"{_columns(rows)}\n{note}", _columns(gpus), f"to run it: {plan.command}"]
     return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_pipeline.ipynb #4fb90e12
@@ -1841,7 +1829,7 @@ def _versions(name: str, commit: Any):
         if text := _git("show", f"{at}:pipelines/{path.name}"):
             yield f"pipelines/{path.name} of commit {at[:7]}", _written(nbformat.reads(text, as_version=4))
 
-def _check_writing(nb, result: dict[str, Any], sealed: bool) -> tuple[list[str], str]:
+def _check_writing(nb, result: dict[str, Any]) -> tuple[list[str], str]:
     "Whether code and prose are those of a version of the pipeline."
     name, here, others = result["pipeline"], _written(nb), []
     for where, cells in _versions(name, result.get("commit")):
@@ -1854,7 +1842,7 @@ def _check_writing(nb, result: dict[str, Any], sealed: bool) -> tuple[list[str],
     differ = [i for i, pair in enumerate(itertools.zip_longest(here, nearest), 1) if pair[0] != pair[1]]
     told = f"code and prose are of no version of pipelines/{name}.ipynb that is at hand: cell {', '.join(map(str, differ[:5]))}"
     complete = len(others) > 1 and (_git("rev-parse", "--is-shallow-repository") or "").strip() == "false"
-    return ([told], "") if complete and not sealed else ([], told)
+    return ([told], "") if complete else ([], told)
 
 # %% ../nbs/18_pipeline.ipynb #3d06a9e8
 class _Seen(html.parser.HTMLParser):
@@ -1951,11 +1939,11 @@ def verify_quick(
         changed = _broken_seal(nb, report, sealed)
         wrong += [f"not what was published: {', '.join(changed)}"] if changed else []
         for differ, line in ((_check_result(nb, result), ""), (_check_parameters(nb), ""),
-                             _check_writing(nb, result, bool(sealed)), _check_page(nb, report)):
+                             _check_writing(nb, result), _check_page(nb, report)):
             wrong, told = wrong + differ, told + [line] * bool(line)
     if wrong:
         raise RunError(f"{report}: {_short('; '.join(wrong))}", BAD_DATA)
-    return "\n".join([*map(_short, told), "every part has the hash that it was published with" if sealed else
+    return "\n".join([*map(_short, told), "every part has the hash that stands beside it: nothing was changed by accident" if sealed else
                       "it was published without hashes: what is not made again rests on nothing"])
 
 def _broken_seal(nb, report: Path, sealed: Any) -> list[str]:
@@ -2016,7 +2004,7 @@ def verify_replay(
     import torch
 
     from hybrid_nb.report import StoredRun
-    from hybrid_nb.train import train
+    from hybrid_nb.train import global_batch, train
 
     told = read_result(report)["bundle"]
     with _foreign(report, bounded=False), temporary_folder() as folder:
@@ -2027,6 +2015,10 @@ def verify_replay(
         info, resolved = stored.info, _replayable(stored.info["resolved"])
         if info["status"] != "done" or info["world_size"] != 1:
             raise RunError(f"{report}: a run {info['status']} on {info['world_size']} processes is not replayed", BAD_DATA)
+        alone = global_batch(None, stored.config.train, 1)
+        moved = any(str(e.get("detail")).startswith("number of processes") for e in stored.records("event"))
+        if moved or info.get("global_batch", alone) != alone:
+            raise RunError(f"{report}: a run that another number of processes continued is not replayed", BAD_DATA)
         settled = {"precision": resolved["precision"], "compile": "yes" if resolved["compile"] else "no"}
         torch.set_num_threads(resolved["threads"])
         again = train(override(stored.config, settled), folder / "replay", device=resolved["device"], cache=folder / "cache",
@@ -2063,7 +2055,7 @@ def main():
         if sys.stdout:
             sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # who reads has read enough; click makes the second of the first
-        _silence(sys.stdout)
+        silence(sys.stdout)
         code = 0
     except (Exception, KeyboardInterrupt) as error:
         told = hasattr(error, "format_message")  # by the option parser

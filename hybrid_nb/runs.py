@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['USAGE', 'BAD_DATA', 'NUMERIC', 'IO', 'STOPPED', 'HEALTHY', 'HEALTH', 'SECRET_FORMS', 'RunError', 'secret_values',
-           'hide_secrets', 'scrub', 'first_line', 'foreseen', 'last_words', 'Parser', 'check_name', 'run_name',
-           'fsync_dir', 'no_links', 'write_file', 'replace_file', 'write_json', 'remove', 'size_text', 'read_json',
-           'io_errors', 'check_space', 'lock_owner', 'locked', 'temporary_folder', 'append_record', 'read_records',
-           'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms', 'save_checkpoint', 'Checkpoint',
-           'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout', 'in_checkout', 'code_state', 'lock_hash',
-           'versions', 'machine', 'Run', 'read_info', 'load_run', 'claim_folder']
+           'hide_secrets', 'scrub', 'silence', 'say', 'first_line', 'foreseen', 'last_words', 'Parser', 'check_name',
+           'run_name', 'fsync_dir', 'no_links', 'write_file', 'replace_file', 'write_json', 'remove', 'size_text',
+           'read_json', 'io_errors', 'check_space', 'lock_owner', 'locked', 'temporary_folder', 'append_record',
+           'read_records', 'checkpoints', 'forget_after', 'sha256_file', 'tensor_hash', 'tensor_forms',
+           'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'checkout', 'is_checkout',
+           'in_checkout', 'code_state', 'lock_hash', 'versions', 'machine', 'Run', 'read_info', 'load_run',
+           'claim_folder']
 
 # %% ../nbs/13_runs.ipynb #e7eeff31
 import argparse
@@ -154,6 +155,22 @@ def scrub(
 
 # %% ../nbs/13_runs.ipynb #34b70d83
 _MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.I)
+
+def silence(stream):
+    "Send what is still printed to a stream nowhere, so that nothing fails at the end."
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+def say(text: str, name: str = "stdout"):
+    "Print to a stream of this process, as long as somebody reads."
+    stream = getattr(sys, name)
+    try:
+        if stream:
+            print(text, file=stream, flush=True)
+    except OSError:
+        silence(stream)
 
 def first_line(text: Any) -> str:
     "The first line of a message that has something on it."

@@ -37,7 +37,7 @@ from .convert import quiet_transformers
 from .data import DataError, TokenData, load_tokenizer, publish, read_manifest, tokenizer_hash
 from .decoder import DecoderPreTrainedModel
 from .hybrid import HybridLanguageModel  # registers our models with transformers
-from .lock import is_held, lock_held, take_lock
+from .lock import is_held, lock_held, lock_marker, take_lock
 from .projector import merge_heads, read_teacher, undo_rope
 from .rope import Stretch, rope_table
 from .runs import BAD_DATA, IO, NUMERIC, RunError, io_errors, size_text, tensor_hash, write_json
@@ -597,8 +597,12 @@ LIMIT_GIB = 16.0  # of all extractions together
 def _used(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
+def _uses(folder: Path) -> list[Path]:
+    "The locks of those who read an extraction."
+    return [path for path in folder.glob(".use-*") if path != lock_marker(path.with_suffix(""))]
+
 def _in_use(folder: Path) -> bool:
-    return any(is_held(path) for path in folder.glob(".use-*"))
+    return any(map(is_held, _uses(folder)))
 
 def make_room(
     root: Path,  # of all extractions
@@ -683,7 +687,7 @@ def _open(root: Path, folder: Path, identity: dict[str, Any], need: int, limit: 
                 write_json(folder / "identity.json", identity)
             _check_identity(folder, identity)
             os.utime(folder / "identity.json")
-            for left in folder.glob(".use-*"):
+            for left in _uses(folder):
                 if not is_held(left):
                     left.unlink(missing_ok=True)
             use = take_lock(folder / f".use-{uuid.uuid4().hex}")

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from dataclasses import asdict as dataclass_dict
-from functools import cache as once
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,7 @@ from hybrid_nb.runs import (
     read_info,
     remove,
     save_checkpoint,
+    say,
     tensor_forms,
     tensor_hash,
     versions,
@@ -153,6 +153,10 @@ class Objective(nn.Module):
     def save(self, folder: Path):
         "Write what it has learned into an empty folder."
         raise NotImplementedError
+
+    def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        "What an earlier version saved of it, as this one has it."
+        return state
 
     def finished(self, model: nn.Module) -> nn.Module:
         "The model that the run leaves, after `save`."
@@ -375,7 +379,7 @@ def batch_load(
     for micro, x in enumerate(inputs):
         torch.manual_seed(_noise_seed(config.seed, step, world.rank, micro))
         with context():
-            counts.append(inner(x, use_cache=False, logits_to_keep=1).routing[:, 0].double().sum(1))
+            counts.append(inner(x, use_cache=False, logits_to_keep=1, return_dict=True).routing[:, 0].double().sum(1))
     whole = torch.tensor(world.sum(*sum(counts).flatten().tolist()), dtype=torch.float64).view_as(counts[0])
     return world.size * expert_load(whole, inner.config).to(inputs.device)
 
@@ -430,7 +434,7 @@ def update(
         last = micro == len(inputs) - 1
         with model.no_sync() if not last and isinstance(model, DistributedDataParallel) else nullcontext(), context():
             if objective is None:
-                out = called(x, shift_labels=y, num_items_in_batch=count / world.size, use_cache=False)
+                out = called(x, shift_labels=y, num_items_in_batch=count / world.size, use_cache=False, return_dict=True)
             else:
                 out = objective(called, x, y, count / world.size, (step, micro))
         scaler.scale(out.loss).backward()
@@ -626,6 +630,8 @@ def check_checkpoint(
     found.expect("generators", seeds)
     for name, part in parts.items():
         weights, moments = (name, f"{name}-optimizer") if name else ("model", "optimizer")
+        if isinstance(part, Objective) and weights in found.groups:
+            found.groups[weights] = part.upgraded(found.groups[weights])
         found.expect(weights, tensor_forms(changed_weights(part)))
         begun = progress.updates or found.groups.get(moments)  # an update that fp16 skips may leave moments of zero
         trained = {n: p for n, p in part.named_parameters() if p.requires_grad} if begun else {}
@@ -679,7 +685,7 @@ def global_batch(
 ) -> int:  # windows
     "What all processes of a run read for an update, however many there are: what it began with."
     info = info or {}
-    before = 1 if info.get("parallel") == "tp2" else info.get("world_size", readers)
+    before = 1 if info.get("parallel") == "tp2" else info.get("world_size") or readers
     return info.get("global_batch") or config.batch_size * config.grad_accum * before
 
 # %% ../nbs/15_train.ipynb #9ed5aaf4
@@ -700,11 +706,6 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]):
     remove(folder)
     os.rename(temporary, folder)
 
-@once
-def _say(line: str):
-    "Tell a line on the standard error, once a process."
-    print(line, file=sys.stderr, flush=True)
-
 def _loop(config: Config, folder: Path, world: World, device: torch.device, on_update, cache: Path, trial: str | None, stop_signal,
           layout) -> str:
     "Run the updates that remain; returns the state that the run ends in."
@@ -717,9 +718,9 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     data = prepare(config.data, config.model.vocab_size, t.seq_len, cache, verify=True)
     answers = check_answers(data, t.seq_len)
     if main and data.source != "grammar":
-        print(reading_lines(data.reading), flush=True)
+        say(reading_lines(data.reading))
     if answers and main:
-        _say(answers)
+        say(answers, "stderr")
     tokenizer = load_tokenizer(data.folder)
     end = tokenizer.token_to_id(END)
     torch.manual_seed(t.seed)
@@ -733,12 +734,12 @@ def _loop(config: Config, folder: Path, world: World, device: torch.device, on_u
     same = before is not None and before.device == device.type
     resolved, notes = world.share((before if same else resolve(config, device)) if main else None), []
     if main and (slow := emulation_note(resolved.precision, device)):
-        print(f"{slow}; precision=auto takes {settle_precision('auto', device)}", flush=True)
+        say(f"{slow}; precision=auto takes {settle_precision('auto', device)}")
     if main and resolved.scan is not None and resolved.scan != scan_kernel(device):
         was, resolved = resolved.scan, replace(resolved, scan=scan_kernel(device))
         notes.append(f"the selective scan's kernel is {resolved.scan} now, {was} before: sums may differ in their last digits")
     if old and old.get("world_size", world.size) != world.size:
-        notes.append(f"{world.size} processes now, {old['world_size']} before: {windows} windows an update as before, "
+        notes.append(f"number of processes {world.size} now, {old['world_size']} before: {windows} windows an update as before, "
                      f"{own.grad_accum} x {own.batch_size} a process")
     resolved = resolved if layout is None else replace(resolved, compile=False)
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=resolved.precision == "fp16")
@@ -978,7 +979,7 @@ def _train(config: Config, folder: Path, world: World, kind: torch.device, on_up
         claim_folder(folder, config)
     if world.share(main and (folder / "run.json").exists() and load_run(folder).info["status"] == "done"):
         if main:
-            print(f"{folder.name} is finished: nothing to do")
+            say(f"{folder.name} is finished: nothing to do")
         return load_run(folder)
     with io_errors(f"run {folder}"), locked(folder) if main else nullcontext():
         with fast_float32(kind.type), stop_requests() as stop_signal:
@@ -1037,13 +1038,10 @@ class ProgressLines:
     def tell(self, run: Run):
         "Prints what is new in a run."
         records, steps = [r for r in run.records() if r["kind"] in ("train", "eval") or r.get("event") == "note"], run.config.train.steps
-        try:
-            for i in range(self.seen, len(records)):
-                percent, before = (records[j]["step"] * 100 // steps for j in (i, max(i - 1, 0)))
-                if i < 10 or percent > before or records[i]["kind"] != "train":
-                    print(progress_line(records[i], steps), flush=True)
-        except BrokenPipeError:  # the reader of a pipe has gone; the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for i in range(self.seen, len(records)):
+            percent, before = (records[j]["step"] * 100 // steps for j in (i, max(i - 1, 0)))
+            if i < 10 or percent > before or records[i]["kind"] != "train":
+                say(progress_line(records[i], steps))
         self.seen = len(records)
 
 def main(argv: list[str] | None = None):
@@ -1062,10 +1060,10 @@ def main(argv: list[str] | None = None):
         run = train(load_config(args.config), args.folder, device=args.device, cache=args.cache, parallel=args.parallel, on_update=lines)
         code, together = 0 if run.info["status"] == "done" else STOPPED, True
         if lines and lines.seen:
-            print(f"{run.info['status']}: {args.folder}")
+            say(f"{run.info['status']}: {args.folder}")
     except (Exception, KeyboardInterrupt) as error:
         line, code = last_words(error, folder, importlib.import_module("hybrid_nb.pipeline").redact)
-        print(line, file=sys.stderr)
+        say(line, "stderr")
     leave(code, together)
 
 # %% ../nbs/15_train.ipynb #21749eb6
