@@ -248,7 +248,7 @@ def test_report_folder_that_cannot_be_written(tmp_path):
 
 TRAIN = """import time
 try:
-    for step in range(2000):
+    for step in range(20_000):
         print("step", step, flush=True)
         time.sleep(0.01)
 except KeyboardInterrupt:
