@@ -37,8 +37,8 @@ def take_lock(
                 raise
 
 def is_held(path: Path) -> bool:
-    "Whether a process holds a lock; also True where that cannot be told."
-    if path.is_symlink() or not path.exists():  # a link is nobody's lock: none is taken through one
+    "Whether a process holds a lock; also True where that cannot be told. A link is nobody's lock: none is taken through one."
+    if path.is_symlink() or not path.exists():
         return False
     try:
         lock = take_lock(path)
