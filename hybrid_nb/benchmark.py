@@ -34,7 +34,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from .account import ASSUMED_MFU, PROMISE, flops_per_token
+from .account import ASSUMED_MFU, TRIAL_SECONDS, flops_per_token
 from .attention import LocalGlobalAttention, attend_window, window_mask
 from .config import Config, ConfigError, HybridConfig, ModelConfig, TrainConfig, closest
 from .decoder import make_decoder
@@ -167,9 +167,9 @@ def fit_batch(
     steps: int,  # that are to be made
     device: torch.device | str = "cpu",
 ) -> Config:
-    "The same shape with its batch halved until the steps take no longer in float32 than `PROMISE` seconds."
+    "The same shape with its batch halved until the steps take no longer in float32 than `TRIAL_SECONDS`."
     seconds = steps * config.train.batch_size * config.train.seq_len * flops_per_token(config).total
-    batch, longest = config.train.batch_size, PROMISE * ASSUMED_MFU * precision_rate("fp32", device)
+    batch, longest = config.train.batch_size, TRIAL_SECONDS * ASSUMED_MFU * precision_rate("fp32", device)
     while batch > 1 and seconds * batch / config.train.batch_size > longest:
         batch //= 2
     return replace(config, train=replace(config.train, batch_size=batch))
