@@ -74,7 +74,7 @@ reports: $(VENV)/.base
 	$(BIN)/hnb run audit
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
+	PYTHONWARNINGS=ignore $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
 	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	$(MAKE) readme
 
