@@ -43,7 +43,7 @@ test: $(VENV)/.dev sync
 	cp -R settings.ini constraints.txt pipelines hybrid_nb "$$copy" && cd "$$copy" && \
 	$(OFFLINE) $(QUIET) PYTHONPATH="$$copy" "$$bin/nbdev_test" --n_workers 1 --timing --path pipelines
 	$(BIN)/ruff check nbs pipelines tests hooks setup.py
-	$(OFFLINE) $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(OFFLINE) $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
 # In a copy, so that work in progress is never rewritten: export and clean must change nothing.
 sync: $(VENV)/.dev

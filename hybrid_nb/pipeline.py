@@ -1711,14 +1711,17 @@ def _shown_table(data: dict[str, Any]) -> list[list[str]] | None:
     rows = [[html.unescape(inner) for _, inner in _CELL.findall(row)] for row in text.splitlines() if _CELL.search(row)]
     return rows if " ".join(word for row in rows for word in row).split() == plain.split() else None
 
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
 def _equal_cells(a: str, b: str) -> bool:
-    "True for equal texts, and for numbers of the same form that differ by one in the last digit."
-    forms = [re.fullmatch(r"([-+]?)([\d,]*)(?:\.(\d+))?(\D*)", text) for text in (a, b)]
-    if a == b or not all(forms):
-        return a == b
-    digits = [int(f[1] + f[2].replace(",", "") + (f[3] or "")) for f in forms if (f[2] + (f[3] or "")).strip(",")]
-    alike = len(digits) == 2 and forms[0][4] == forms[1][4] and len(forms[0][3] or "") == len(forms[1][3] or "")
-    return alike and abs(digits[0] - digits[1]) <= 1
+    "True for equal texts, and for texts whose numbers, of the same form, differ by one in the last digit."
+    def close(x, y):
+        decimals = [n.partition(".")[2] for n in (x, y)]
+        plain = "e" not in x + y and len(decimals[0]) == len(decimals[1])
+        return x == y or plain and abs(int(re.sub("[,.]", "", x)) - int(re.sub("[,.]", "", y))) <= 1
+
+    alike = _NUMBER.split(a) == _NUMBER.split(b)
+    return alike and all(close(x, y) for x, y in zip(_NUMBER.findall(a), _NUMBER.findall(b), strict=True))
 
 def _equal_tables(a: list[list[str]], b: list[list[str]]) -> bool:
     "True for tables that say the same, in whatever order."
