@@ -100,6 +100,7 @@ def test_a_forged_report_is_found_without_hashes(tmp_path):
             shutil.copy(REPORTS / f"train-smoke-bc5d05{suffix}", tmp_path)
         path = tmp_path / "train-smoke-bc5d05.ipynb"
         nb = nbformat.read(path, 4)
+        nb.metadata["hybrid_nb"].pop("sha256", None)
         change(nb, [c for c in nb.cells if c.cell_type == "code"])
         nbformat.write(nb, path)
         return path
@@ -109,8 +110,8 @@ def test_a_forged_report_is_found_without_hashes(tmp_path):
         data["text/html"] = "<table><tr><td>all is well</td></tr></table>"
 
     changes = {
-        "the table of code cell 10": table,
-        "code cell 8 shows no picture": lambda nb, cells: [c.update(outputs=[]) for c in cells if "live.draw" in c.source],
+        r"the table of code cell \d+;": table,
+        r"code cell \d+ shows no picture": lambda nb, cells: [c.update(outputs=[]) for c in cells if "live.draw" in c.source],
         "the result in the metadata": lambda nb, cells: nb.metadata["hybrid_nb"]["result"].update(verdict="FAIL"),
         "the parameters": lambda nb, cells: nb.metadata["papermill"].update(parameters={"steps": 9}),
         "the page beside it": lambda nb, cells: nb.cells[0].update(source="# All is well"),
