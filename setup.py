@@ -4,7 +4,7 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 here = Path(__file__).resolve().parent
@@ -46,13 +46,13 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
     ],
-    packages=[cfg["lib_path"]],
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub", "slurm", "peft")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
-        "papermill.engine": ["hybrid_nb=hybrid_nb.pipeline:HybridEngine"],
+        "papermill.engine": ["hybrid_nb=hybrid_nb.cli.engine:HybridEngine"],
     },
     cmdclass={"build_py": BuildWithPipelines},
 )

@@ -31,11 +31,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from hybrid_nb import runs, train
-from hybrid_nb.config import Config, ModelConfig, get_config, override
-from hybrid_nb.data import grammar_entropy
-from hybrid_nb.decoder import DecoderForCausalLM, make_decoder
-from hybrid_nb.evaluate import sample_text
+from hybrid_nb.config import errors
+from hybrid_nb.config.config import Config, ModelConfig
+from hybrid_nb.config.override import override
+from hybrid_nb.config.presets import get_config
+from hybrid_nb.data.grammar import grammar_entropy
+from hybrid_nb.model.decoder import DecoderForCausalLM, make_decoder
+from hybrid_nb.runs import files, runs
+from hybrid_nb.train import __main__, checkpoint, distributed, loop, optim
+from hybrid_nb.train.evaluate import sample_text
 
 KILL_STEP = 8  # a step that ends in a checkpoint
 TEMPORARY = f".tmp-step-{KILL_STEP}"
@@ -83,7 +87,7 @@ def at_update(step: int, action, when: str = "before"):
         wrap(torch.nn.utils, "clip_grad_norm_", lambda *a: True, before=lambda *a: action(*args))
 
     do = {"before": {"before": action}, "amid": {"before": amid}, "after": {"after": action}}[when]
-    wrap(train, "update", lambda *a: a[6] == step, **do)
+    wrap(loop, "update", lambda *a: a[6] == step, **do)
 
 
 def in_checkpoint(path: Path, *args) -> bool:
@@ -94,15 +98,15 @@ KILLS = {
     "temporary directory": lambda: wrap(Path, "mkdir", lambda p, *a: p.name == TEMPORARY, after=die),
     "mid-write": lambda: wrap(safetensors.torch, "save_file",
                               lambda t, p, *a: in_checkpoint(p) and p.stem == "optimizer", after=halve_and_die),
-    "before manifest": lambda: wrap(runs, "write_file", in_checkpoint, before=die),
+    "before manifest": lambda: wrap(checkpoint, "write_file", in_checkpoint, before=die),
     "before rename": lambda: wrap(os, "rename", lambda a, b: Path(b).name == f"step-{KILL_STEP}", before=die),
     "after rename": lambda: wrap(os, "rename", lambda a, b: Path(b).name == f"step-{KILL_STEP}", after=die),
     "mid-rotation": lambda: wrap(shutil, "rmtree", lambda p, *a: ".tmp-old" in str(p), before=gut_and_die),
     "mid-step": lambda: at_update(KILL_STEP + 1, die, "amid"),
-    "mid-record": lambda: wrap(train, "append_record", lambda f, kind, step: (kind, step) == ("train", KILL_STEP + 1),
+    "mid-record": lambda: wrap(loop, "append_record", lambda f, kind, step: (kind, step) == ("train", KILL_STEP + 1),
                                before=half_record_and_die),
     "finished model": lambda: wrap(DecoderForCausalLM, "save_pretrained", lambda *a: True, after=die),
-    "before done": lambda: wrap(train, "write_json", lambda p, v: v["status"] == "done", before=die),
+    "before done": lambda: wrap(loop, "write_json", lambda p, v: v["status"] == "done", before=die),
 }
 
 
@@ -112,7 +116,7 @@ def kill_step(step: str):
 
 
 def slow():
-    wrap(train, "update", lambda *a: True, before=lambda *a: time.sleep(0.15))
+    wrap(loop, "update", lambda *a: True, before=lambda *a: time.sleep(0.15))
 
 
 def fill_disk(folder: str, when: str, left: str = "0"):
@@ -174,9 +178,9 @@ def no_home():
 def unreadable(step: str, rank: str):
     "One rank cannot read the checkpoint of a step."
     def refuse(path):
-        raise runs.RunError(f"checkpoint {path} cannot be read here", runs.BAD_DATA)
+        raise errors.RunError(f"checkpoint {path} cannot be read here", errors.BAD_DATA)
 
-    wrap(runs, "read_checkpoint", lambda path: path.name == f"step-{step}" and os.environ["RANK"] == rank, before=refuse)
+    wrap(checkpoint, "read_checkpoint", lambda path: path.name == f"step-{step}" and os.environ["RANK"] == rank, before=refuse)
 
 
 def no_handlers():
@@ -186,8 +190,8 @@ def no_handlers():
 
 def same_batches():
     "The naive program: every rank sees what the first should see."
-    real = train.loader
-    train.loader = lambda data, t, start, stop, rank, size: real(data, t, start, stop, 0, size)
+    real = loop.loader
+    loop.loader = lambda data, t, start, stop, rank, size: real(data, t, start, stop, 0, size)
 
 
 def uneven_batch() -> tuple[torch.Tensor, torch.Tensor]:  # each (2 micro-batches, 4 sequences, 8 tokens)
@@ -203,19 +207,19 @@ UNEVEN = get_config("smoke", {"n_layer": 1, "d_model": 16, "n_head": 2, "vocab_s
 def uneven_update(folder: str):
     "Instead of a run: one update over uneven targets on two ranks, its loss, norm and parameters written to files."
     def main(argv):
-        world, _ = train.join_world("cpu")
+        world, _ = distributed.join_world("cpu")
         torch.manual_seed(0)
         model = make_decoder(UNEVEN.model)
         net = torch.nn.parallel.DistributedDataParallel(model)
         x, y = (t[:, 2 * world.rank:][:, :2] for t in uneven_batch())
-        optimizer, off = train.make_optimizer(model, UNEVEN.train), torch.amp.GradScaler("cpu", enabled=False)
-        loss, norm, _ = train.update(net, optimizer, off, x, y, UNEVEN.train, 0, world, nullcontext)
+        optimizer, off = optim.make_optimizer(model, UNEVEN.train), torch.amp.GradScaler("cpu", enabled=False)
+        loss, norm, _ = optim.update(net, optimizer, off, x, y, UNEVEN.train, 0, world, nullcontext)
         parts = {n: p.detach() for n, p in model.named_parameters()}
         parts |= {"loss": torch.tensor(loss).double(), "norm": torch.tensor(norm).double()}
         safetensors.torch.save_file(parts, f"{folder}/rank-{world.rank}.safetensors")
         torch.distributed.barrier()
 
-    train.main = main
+    __main__.main = main
 
 
 DIVIDED = get_config("smoke", {
@@ -223,18 +227,19 @@ DIVIDED = get_config("smoke", {
     "grad_accum": 1})
 
 
-def one_update(mode: str, world: train.World, rank: int, what: str) -> str | None:  # None: there is no such weight
+def one_update(mode: str, world: distributed.World, rank: int, what: str) -> str | None:  # None: there is no such weight
     "What an update ends in when one rank has NaN in the gradient of a kind of weight, or its loss is infinite."
-    from hybrid_nb import shard  # takes seconds to import
+    from hybrid_nb.experiments.parallel import trial_batch  # takes seconds to import
+    from hybrid_nb.train.parallel import Layout
 
     torch.manual_seed(0)
     model = make_decoder(DIVIDED.model)
-    layout = shard.Layout(mode, DIVIDED, world, torch.device("cpu"))
+    layout = Layout(mode, DIVIDED, world, torch.device("cpu"))
     net, optimizer = layout.shard(model, DIVIDED.train)
     chosen = [p for p in model.parameters() if p.requires_grad and hasattr(p, "full_tensor") is (what == "sharded")]
     if not chosen and what in ("whole", "sharded"):
         return None
-    real = train.clip_gradients
+    real = optim.clip_gradients
 
     def spoil(params, most):
         if what in ("whole", "sharded") and world.rank == rank:
@@ -250,32 +255,32 @@ def one_update(mode: str, world: train.World, rank: int, what: str) -> str | Non
     model.register_forward_hook(inflate, with_kwargs=True)
     readers, off = layout.readers, torch.amp.GradScaler("cpu", enabled=False)
     share = DIVIDED.train.batch_size // readers.size
-    x, y = (t[:, share * readers.rank :][:, :share] for t in shard.trial_batch(DIVIDED, 0))
-    train.clip_gradients = spoil
+    x, y = (t[:, share * readers.rank :][:, :share] for t in trial_batch(DIVIDED, 0))
+    optim.clip_gradients = spoil
     try:
-        train.update(net, optimizer, off, x, y, DIVIDED.train, 0, readers, nullcontext)
+        optim.update(net, optimizer, off, x, y, DIVIDED.train, 0, readers, nullcontext)
         return "went on"
     except FloatingPointError as error:
         return str(error)
     finally:
-        train.clip_gradients = real
+        optim.clip_gradients = real
 
 
 def one_rank_sees(folder: str):
     "Instead of a run: updates in every layout with something wrong on one rank; what each rank makes of them, in files."
-    from hybrid_nb import shard  # takes seconds to import
+    from hybrid_nb.account import layout  # takes seconds to import
 
     def main(argv):
-        world, _ = train.join_world("cpu")
+        world, _ = distributed.join_world("cpu")
         found = {f"{mode} {what} {rank}": one_update(mode, world, rank, what)
-                 for mode in shard.MODES for what in ("whole", "sharded", "loss", "nothing") for rank in (0, 1)}
-        real = train.World.reduce
-        train.World.reduce = lambda self, t: t if self.copies > 1 else real(self, t)
+                 for mode in layout.MODES for what in ("whole", "sharded", "loss", "nothing") for rank in (0, 1)}
+        real = distributed.World.reduce
+        distributed.World.reduce = lambda self, t: t if self.copies > 1 else real(self, t)
         found["naive"] = one_update("tp2", world, 1, "whole")
         Path(f"{folder}/saw-{world.rank}.json").write_text(json.dumps(found))
         torch.distributed.barrier()
 
-    train.main = main
+    __main__.main = main
 
 
 FAULTS = {"kill": lambda point: KILLS[point](), "kill step": kill_step, "slow": slow, "fill disk": fill_disk,
@@ -290,7 +295,7 @@ FAULTS = {"kill": lambda point: KILLS[point](), "kill step": kill_step, "slow": 
 def run(job: dict):
     for name, *args in job["faults"]:
         FAULTS[name](*args)
-    train.main(job["argv"])
+    __main__.main(job["argv"])
 
 
 def child(job: dict):
@@ -453,13 +458,13 @@ def untimed(record: dict) -> dict:
 
 def result(run: runs.Run) -> dict:
     "All that a run came to but its timings."
-    last = runs.read_checkpoint(runs.checkpoints(run.path)[0])
+    last = checkpoint.read_checkpoint(checkpoint.checkpoints(run.path)[0])
     return {
         "status": run.info["status"], "weights": run.info["weights"], "data": run.info["data_hash"],
-        "tokens": run.info["tokens_seen"], "groups": {g: runs.tensor_hash(t) for g, t in last.groups.items()},
+        "tokens": run.info["tokens_seen"], "groups": {g: checkpoint.tensor_hash(t) for g, t in last.groups.items()},
         "progress": untimed(last.state["progress"]), "scaler": last.state["scaler"],
         "records": [untimed(r) for r in run.records() if r["kind"] != "event"],
-        "model": runs.sha256_file(run.path / "model/model.safetensors")}
+        "model": files.sha256_file(run.path / "model/model.safetensors")}
 
 
 def events(run: runs.Run, name: str) -> list[str]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hybrid_nb import audit
-from hybrid_nb.audit import CLAIMS, FAILS, HOLDS, OPEN, Measurement, as_span, trainable
-from hybrid_nb.config import asdict, get_config
-from hybrid_nb.pipeline import read_result
+from hybrid_nb.config.config import asdict
+from hybrid_nb.config.presets import get_config
+from hybrid_nb.experiments import audit
+from hybrid_nb.experiments.audit import CLAIMS, FAILS, HOLDS, OPEN, Measurement, as_span, trainable
+from hybrid_nb.report.index import read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 HNB = str(Path(sys.executable).parent / "hnb")

@@ -202,7 +202,7 @@ def look(browser, file: Path, scheme: str, width: int, picture: Path) -> list[st
 @pytest.fixture(scope="module")
 def small_report(tmp_path_factory) -> Path:
     "The HTML of an executed notebook that holds each kind of output a report has."
-    from hybrid_nb.pipeline import export_html
+    from hybrid_nb.report.page import export_html
 
     folder = tmp_path_factory.mktemp("report")
     nb = nbformat.v4.new_notebook()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from test_papermill import LOOP, PAPERMILL, SHOW, TRAIN, end, good_report, start, tiny
 
-from hybrid_nb.pipeline import Claim
+from hybrid_nb.cli.command import Claim
 
 HNB = [str(Path(sys.executable).parent / "hnb")]
 
@@ -140,7 +140,7 @@ def test_a_kill_leaves_nothing_that_stays(tmp_path):
 
 HOLD = """import time
 from pathlib import Path
-from hybrid_nb.runs import locked
+from hybrid_nb.runs.files import locked
 Path('run').mkdir(exist_ok=True)
 with locked(Path('run')):
     while len(list(Path('reports').glob('*.FAILED.ipynb'))) < int(Path('waits').read_text()):

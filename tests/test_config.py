@@ -18,30 +18,27 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from hybrid_nb.account import parse_overrides, plan_run
-from hybrid_nb.config import (
+from hybrid_nb.account.plan import parse_overrides, plan_run
+from hybrid_nb.config.config import (
     ALIASES,
     FIELD_NAMES,
-    PRESETS,
     Config,
-    ConfigError,
     DataConfig,
     HybridConfig,
     ModelConfig,
     TrainConfig,
     asdict,
-    brief,
     config_hash,
-    from_dict,
-    get_config,
-    load_config,
     names_of,
-    override,
-    read_yaml,
     to_yaml,
 )
-from hybrid_nb.decoder import DecoderConfig
-from hybrid_nb.hybrid import HybridLanguageModelConfig
+from hybrid_nb.config.documents import load_config
+from hybrid_nb.config.errors import ConfigError, brief
+from hybrid_nb.config.override import override
+from hybrid_nb.config.presets import PRESETS, from_dict, get_config
+from hybrid_nb.config.yaml import read_yaml
+from hybrid_nb.model.decoder import DecoderConfig
+from hybrid_nb.model.hybrid import HybridLanguageModelConfig
 
 MORE = int(os.environ.get("FUZZ", 1))
 RECORDS = {"model": ModelConfig, "hybrid": HybridConfig, "train": TrainConfig, "data": DataConfig}
@@ -313,7 +310,7 @@ def parameter_set(rng: random.Random, names: list[str]) -> dict:
 
 
 def test_a_fuzzed_set_of_parameters_is_a_plan_or_one_line():
-    from hybrid_nb.pipeline import plan_text
+    from hybrid_nb.cli.main import plan_text
 
     names, rng, ends = sorted([*FIELD_NAMES, "overrides", "full", "run", *("model", "steps", "lr") * 9]), random.Random(3), []
 
@@ -329,7 +326,8 @@ def test_a_fuzzed_set_of_parameters_is_a_plan_or_one_line():
 
 
 def test_a_fuzzed_set_of_parameters_is_admitted_or_one_line():
-    from hybrid_nb.pipeline import admit, declared
+    from hybrid_nb.cli.parameters import admit
+    from hybrid_nb.report.pipelines import declared
 
     rng = random.Random(4)
     for path in sorted((Path(__file__).parents[1] / "pipelines").glob("*.ipynb")):

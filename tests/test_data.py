@@ -18,31 +18,20 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hybrid_nb.config import DataConfig, TrainConfig
-from hybrid_nb.data import (
-    END,
-    DataError,
-    batch_hash,
-    corpus,
-    encode,
-    generate,
-    load_tokenizer,
-    load_tokens,
-    loader,
-    prepare,
-    scan,
-    split_by_hash,
-    story,
-    text_documents,
-    train_bpe,
-)
+from hybrid_nb.config.config import DataConfig, TrainConfig
+from hybrid_nb.config.errors import DataError
+from hybrid_nb.data.batches import batch_hash, loader
+from hybrid_nb.data.grammar import generate, story
+from hybrid_nb.data.prepare import load_tokens, prepare
+from hybrid_nb.data.sources import END, corpus, scan, split_by_hash, text_documents
+from hybrid_nb.data.tokenizer import encode, load_tokenizer, train_bpe
 
 SMALL = DataConfig(grammar_stories=300, bpe_vocab=400)
 HEAD = """
 import json, os, signal, sys, time
 from pathlib import Path
-from hybrid_nb import data
-from hybrid_nb.config import DataConfig, TrainConfig
+from hybrid_nb.data import batches, grammar, prepare, sources, tokenizer, tokens
+from hybrid_nb.config.config import DataConfig, TrainConfig
 SMALL = DataConfig(grammar_stories=300, bpe_vocab=400)
 """
 
@@ -68,15 +57,15 @@ def clean(tmp_path_factory) -> str:
 
 def test_two_processes_prepare_at_once(tmp_path, clean):
     code = """
-write, cache = data._write_tokens, Path(sys.argv[1])
+write, cache = prepare._write_tokens, Path(sys.argv[1])
 def slow(*args):
     time.sleep(1.5)
     print("wrote")
     return write(*args)
-data._write_tokens = slow
+prepare._write_tokens = slow
 (cache / f"ready-{os.getpid()}").touch()
 while len(list(cache.glob("ready-*"))) < 2: time.sleep(.01)
-print(data.prepare(SMALL, 400, 64, cache / "cache", verify=True).fingerprint)
+print(prepare.prepare(SMALL, 400, 64, cache / "cache", verify=True).fingerprint)
 """
     lines = [finish(p).split() for p in [start(code, tmp_path) for _ in range(2)]]
     assert sorted(map(len, lines)) == [1, 2], "one process writes, the other waits"
@@ -86,12 +75,12 @@ print(data.prepare(SMALL, 400, 64, cache / "cache", verify=True).fingerprint)
 
 KILL = {
     "amid the tokens": """
-write = data.ShardWriter.write
+write = tokens.ShardWriter.write
 def fatal(self, tokens):
     write(self, tokens)
     self.file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-data.ShardWriter.write = fatal
+tokens.ShardWriter.write = fatal
 """,
     "before the manifest": """
 dump = json.dumps
@@ -138,7 +127,7 @@ def test_full_disk_leaves_nothing(tmp_path):
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try: data.prepare(SMALL, 400, 64, sys.argv[1])
+try: prepare.prepare(SMALL, 400, 64, sys.argv[1])
 except OSError as error: print(type(error).__name__, error.errno)
 """
     assert finish(start(code, tmp_path)).startswith("OSError")
@@ -150,7 +139,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     text = "\n<|endoftext|>\n".join(s.text for s in generate(4000))
     bpe = prepare(DataConfig(grammar_stories=300, bpe_vocab=1000), 1000, 64, tmp_path / "bpe").folder
     prepared = "data.prepare(DataConfig(source=sys.argv[1], tokenizer=sys.argv[2]), 1000, 64, sys.argv[3])"
-    whole = "[e.ids for e in data.load_tokenizer(sys.argv[2]).encode_batch(open(sys.argv[1]).read().split(data.END))]"
+    whole = "[e.ids for e in tokenizer.load_tokenizer(sys.argv[2]).encode_batch(open(sys.argv[1]).read().split(sources.END))]"
     grown = {}
     for way, copies in ((prepared, 1), (prepared, 4), (whole, 4)):
         (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join([text] * copies))
@@ -169,9 +158,9 @@ def test_a_fresh_interpreter_draws_the_same(tmp_path):
     config = TrainConfig(batch_size=2, grad_accum=2, seq_len=64, seed=3, workers=2)
     here = prepare(SMALL, 400, 64, tmp_path / "here")
     code = """
-tokens = data.prepare(SMALL, 400, 64, sys.argv[1])
+tokens = prepare.prepare(SMALL, 400, 64, sys.argv[1])
 config = TrainConfig(batch_size=2, grad_accum=2, seq_len=64, seed=3, workers=1)
-print(tokens.fingerprint, data.story(5).nats, *[data.batch_hash(*b) for b in data.loader(tokens, config, 100, 104)])
+print(tokens.fingerprint, grammar.story(5).nats, *[batches.batch_hash(*b) for b in batches.loader(tokens, config, 100, 104)])
 """
     there = finish(start(code, tmp_path / "there", PYTHONHASHSEED="7")).split()
     hashes = [batch_hash(*here.batch(step, config)) for step in range(100, 104)]
@@ -274,7 +263,7 @@ def test_markers_are_found_at_every_place(tmp_path):
         else:
             assert "".join("".join(found).split()) == "".join("".join(ends).split()), n
         raw, size = (tmp_path / "a.txt").read_bytes(), rng.randrange(1, 40)
-        with mock.patch("hybrid_nb.data._chunks", return_value=[raw[i:i + size] for i in range(0, len(raw), size)]):
+        with mock.patch("hybrid_nb.data.sources._chunks", return_value=[raw[i:i + size] for i in range(0, len(raw), size)]):
             facts, raw = scan(tmp_path / "a.txt"), b"\n" + raw + b"\n"
         places = [m for m in re.finditer(re.escape(END.encode()), raw)]
         lined = all(raw[m.start() - 1:m.start()] == b"\n" and re.match(rb"\r?\n", raw[m.end():]) for m in places)
@@ -398,14 +387,15 @@ def test_a_worker_that_is_killed_ends_in_one_line_and_the_run_goes_on(tmp_path):
 import logging, multiprocessing
 sys.path.insert(0, sys.argv[2])
 from driver import tiny
-from hybrid_nb import train
+from hybrid_nb.config import errors
+from hybrid_nb.train import launch
 config = tiny(workers=1, steps=12, log_interval=1)
 def kill(folder):
     for child in multiprocessing.active_children() if sys.argv[3] == "kill" else ():
         os.kill(child.pid, signal.SIGKILL)
         time.sleep(.5)
-try: print(train.train(config, sys.argv[1] + "/run", on_update=kill, cache=sys.argv[1] + "/cache").info["status"])
-except train.RunError as error: print(error.exit_code, error)
+try: print(launch.train(config, sys.argv[1] + "/run", on_update=kill, cache=sys.argv[1] + "/cache").info["status"])
+except errors.RunError as error: print(error.exit_code, error)
 """
     said = finish(start(code, tmp_path, Path(__file__).parent, "kill"))
     assert len(said.splitlines()) == 1 and said.startswith("75 run: a process that reads batches was ended (DataLoader worker"), said
@@ -419,8 +409,9 @@ def test_training_says_what_it_reads(tmp_path):
     code = """
 sys.path.insert(0, sys.argv[2])
 from driver import tiny
-from hybrid_nb import train
-run = train.train(tiny(source=sys.argv[1] + "/text", steps=2, eval_batches=0), sys.argv[1] + "/run", cache=sys.argv[1] + "/cache")
+from hybrid_nb.config import errors
+from hybrid_nb.train import launch
+run = launch.train(tiny(source=sys.argv[1] + "/text", steps=2, eval_batches=0), sys.argv[1] + "/run", cache=sys.argv[1] + "/cache")
 print(json.dumps([run.info["data"], run.records("eval")[-1], run.records("sample")[-1]]))
 """
     *table, last = finish(start(code, tmp_path, Path(__file__).parent)).splitlines()

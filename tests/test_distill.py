@@ -20,14 +20,17 @@ from driver import ENV, one_thread, result, start, tiny
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from hybrid_nb import train as loop
-from hybrid_nb.config import Config, DistillConfig, asdict, config_hash, to_yaml
-from hybrid_nb.data import load_tokenizer, prepare
-from hybrid_nb.distill import Distillation
-from hybrid_nb.projector import KVDimensionProjector, merge_heads
-from hybrid_nb.runs import Run, RunError, checkpoints, load_run, read_checkpoint, tensor_hash
-from hybrid_nb.teacher import Reader, as_teacher, extract, load_teacher, relative_distance, token_rows
-from hybrid_nb.train import train
+from hybrid_nb.config.config import Config, DistillConfig, asdict, config_hash, to_yaml
+from hybrid_nb.config.errors import RunError
+from hybrid_nb.data.prepare import prepare
+from hybrid_nb.data.tokenizer import load_tokenizer
+from hybrid_nb.model.projector import KVDimensionProjector, merge_heads
+from hybrid_nb.runs.runs import Run, load_run
+from hybrid_nb.train import checkpoint, loop
+from hybrid_nb.train.checkpoint import checkpoints, read_checkpoint, tensor_hash
+from hybrid_nb.train.distill import Distillation
+from hybrid_nb.train.launch import train
+from hybrid_nb.train.teacher import Reader, as_teacher, extract, load_teacher, relative_distance, token_rows
 
 SHAPES = dict(num_attention_heads=6, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64)
 
@@ -106,7 +109,7 @@ def interrupted(config: Config, folder: Path, cache: Path, step: int):
 
 
 def lost_projector(patch):
-    real = loop._unpack
+    real = checkpoint._unpack
     patch.setattr(Distillation, "load_state_dict", lambda self, state: None)
     patch.setattr(loop, "_unpack", lambda groups, model, optimizer: isinstance(model, Distillation) or real(groups, model, optimizer))
 
@@ -177,14 +180,15 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from hybrid_nb import data, teacher
-real, seen = data._sync, []
+from hybrid_nb.runs import files
+from hybrid_nb.train import teacher
+real, seen = files._sync, []
 def sync(path):
     seen.append(path)
     if len(seen) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     real(path)
-data._sync = sync
+files._sync = sync
 torch.manual_seed(0)
 ids = torch.randint(300, (24, 16))
 teacher.extract(teacher.load_teacher(sys.argv[1]), teacher.token_rows(ids), Path(sys.argv[2]), shard_bytes=20_000)
@@ -223,7 +227,7 @@ def test_a_teacher_out_of_the_hubs_cache(tmp_path, teachers):
     shutil.copytree(teachers / "qwen", snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    code = "import sys; from hybrid_nb.teacher import load_teacher; print(load_teacher(sys.argv[1]).sha256)"
+    code = "import sys; from hybrid_nb.train.teacher import load_teacher; print(load_teacher(sys.argv[1]).sha256)"
     env = ENV | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     found, absent = (subprocess.run([sys.executable, "-c", code, name], env=env, capture_output=True, text=True)
                      for name in ("hf:some/qwen.2-0", "hf:some/llama"))

@@ -22,12 +22,18 @@ from driver import ENV, KILLS, Process, events, one_thread, result, start, tiny,
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hybrid_nb import runs, train
-from hybrid_nb.config import Config, to_yaml
-from hybrid_nb.data import batch_hash, prepare
-from hybrid_nb.decoder import make_decoder
-from hybrid_nb.pipeline import sample_run
-from hybrid_nb.runs import Run, RunError, checkpoints, latest_checkpoint, load_run, read_checkpoint, tensor_hash
+from hybrid_nb.cli.main import sample_run
+from hybrid_nb.config import errors
+from hybrid_nb.config.config import Config, to_yaml
+from hybrid_nb.config.errors import RunError
+from hybrid_nb.data import batches
+from hybrid_nb.data.batches import batch_hash
+from hybrid_nb.data.prepare import prepare
+from hybrid_nb.model.decoder import make_decoder
+from hybrid_nb.runs import files, runs
+from hybrid_nb.runs.runs import Run, load_run
+from hybrid_nb.train import checkpoint, launch, loop, optim
+from hybrid_nb.train.checkpoint import checkpoints, latest_checkpoint, read_checkpoint, tensor_hash
 
 BASE = tiny()
 N = BASE.train.steps
@@ -49,7 +55,7 @@ def cache(tmp_path_factory) -> Path:
 def run(tmp_path, cache):
     "A function that trains in this process: `run(config, name, stop=k)` is asked by SIGTERM to stop after step k."
     def begin(config: Config = BASE, name: str = "r", stop: int | None = None) -> Run:
-        real = train.update
+        real = optim.update
 
         def update(*args):
             result = real(*args)
@@ -58,8 +64,8 @@ def run(tmp_path, cache):
             return result
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "update", update)
-            return train.train(config, tmp_path / name, device="cpu", cache=cache)
+            patch.setattr(loop, "update", update)
+            return launch.train(config, tmp_path / name, device="cpu", cache=cache)
 
     return begin
 
@@ -71,7 +77,7 @@ def wholes(tmp_path_factory, cache):
 
     def whole(config: Config = BASE) -> Run:
         if config not in made:
-            made[config] = train.train(config, folder / f"r{len(made)}", device="cpu", cache=cache)
+            made[config] = launch.train(config, folder / f"r{len(made)}", device="cpu", cache=cache)
         return made[config]
 
     return whole
@@ -145,18 +151,18 @@ def test_saving_does_not_change_the_run(wholes):
 
 
 def fresh_optimizer(patch):
-    real = train._unpack
-    patch.setattr(train, "_unpack", lambda groups, model, opt: (real(groups, model, opt), opt.state.clear()))
+    real = checkpoint._unpack
+    patch.setattr(loop, "_unpack", lambda groups, model, opt: (real(groups, model, opt), opt.state.clear()))
 
 
 def first_batch_again(patch):
-    real = train.loader
-    patch.setattr(train, "loader", lambda data, t, start, stop, *rest: real(data, t, 0, stop - start, *rest))
+    real = batches.loader
+    patch.setattr(loop, "loader", lambda data, t, start, stop, *rest: real(data, t, 0, stop - start, *rest))
 
 
 def forgotten_log(patch):
-    real, empty = train.Progress, {"loss_sum": 0.0, "loss_count": 0}
-    patch.setattr(train, "Progress", lambda **state: real(**(state | empty if state else {})))
+    real, empty = checkpoint.Progress, {"loss_sum": 0.0, "loss_count": 0}
+    patch.setattr(loop, "Progress", lambda **state: real(**(state | empty if state else {})))
 
 
 NAIVE = {fresh_optimizer: {"weights", "groups", "records", "model"}, first_batch_again: {"weights", "data", "records"},
@@ -255,7 +261,7 @@ def test_signals_stop_and_the_same_command_continues(tmp_path, command, wholes):
     wait_for((folder / "metrics.jsonl").exists)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (runs.STOPPED, "")
+    assert (process.returncode, err) == (errors.STOPPED, "")
     assert out.startswith("step ") and out.endswith(f"\nstopped: {folder}\n")
     stopped = load_run(folder)
     assert (stopped.info["status"], events(stopped, "stop")) == ("stopped", ["SIGTERM asked to stop"])
@@ -265,10 +271,10 @@ def test_signals_stop_and_the_same_command_continues(tmp_path, command, wholes):
     process = start(command(config), ("slow",))
     wait_for(lambda: trained(folder, step + 1))
     rival = start(command(config))
-    assert rival.wait() == runs.USAGE
+    assert rival.wait() == errors.USAGE
     one_line(rival, f"run folder {folder} is in use by process {process.pid}")
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait() == runs.STOPPED
+    assert process.wait() == errors.STOPPED
     assert step < read_checkpoint(checkpoints(folder)[0]).step < N
     assert events(load_run(folder), "stop")[1:] == ["SIGINT asked to stop"]
 
@@ -290,7 +296,7 @@ def test_signals_to_the_whole_group_and_twice(tmp_path, command, wholes):
     os.killpg(process.pid, signal.SIGTERM)
     time.sleep(0.03)  # signals of one kind that wait together are one
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait() == runs.STOPPED, process.err
+    assert process.wait() == errors.STOPPED, process.err
     assert start(command(config)).wait() == 0
     assert result(load_run(tmp_path / "r")) == result(wholes())
 
@@ -325,14 +331,14 @@ def spoil_gradient(model, monkeypatch):
 @contextmanager
 def spoiled(spoil, step: int):
     "Something wrong with the update that follows `step` others."
-    real = train.update
+    real = optim.update
     with pytest.MonkeyPatch.context() as patch:
         def update(model, *args):
             if args[5] == step:
                 spoil(model, patch)
             return real(model, *args)
 
-        patch.setattr(train, "update", update)
+        patch.setattr(loop, "update", update)
         yield
 
 
@@ -341,7 +347,7 @@ def test_a_number_that_is_none_stops_before_the_update(run, wholes, spoil, cache
     config = tiny()
     with spoiled(spoil, 6):
         what = {spoil_loss: "loss inf", spoil_gradient: "gradient norm nan"}[spoil]
-        message = refused(lambda: run(config, "spoiled"), runs.NUMERIC, what, "step 7", "parameters of step 6 are kept")
+        message = refused(lambda: run(config, "spoiled"), errors.NUMERIC, what, "step 7", "parameters of step 6 are kept")
     data = prepare(config.data, config.model.vocab_size, config.train.seq_len, cache)
     assert batch_hash(*data.batch(6, config.train))[:16] in message
     there = load_run(tmp_path / "spoiled")
@@ -357,7 +363,7 @@ def test_a_number_that_is_none_stops_before_the_update(run, wholes, spoil, cache
 
 def test_the_process_says_so_in_one_line(tmp_path, command, wholes):
     process = start(command(), ("nan gradient", 6))
-    assert process.wait() == runs.NUMERIC
+    assert process.wait() == errors.NUMERIC
     one_line(process, "gradient norm nan at step 7, batch ")
     assert start(command()).wait() == 0
     assert result(load_run(tmp_path / "r")) == result(wholes())
@@ -365,8 +371,8 @@ def test_the_process_says_so_in_one_line(tmp_path, command, wholes):
 
 def test_a_naive_update_spoils_every_parameter(run, monkeypatch):
     "The negative control: the same fault, without the check."
-    monkeypatch.setattr(train.math, "isfinite", lambda x: True)
-    monkeypatch.setattr(train, "sample_text", lambda *a, **k: "")
+    monkeypatch.setattr(loop.math, "isfinite", lambda x: True)
+    monkeypatch.setattr(loop, "sample_text", lambda *a, **k: "")
     with spoiled(spoil_gradient, 6):
         spoiled_run = run(stop=7)
     weights = read_checkpoint(checkpoints(spoiled_run.path)[0]).groups["model"]
@@ -421,7 +427,7 @@ def test_twenty_overflows_in_a_row_stop(run, scale, tmp_path):
     scale(2.0**100)
     config = tiny(**HALF | {"steps": 24, "eval_interval": 24, "save_interval": 9})
     run(config, stop=10)
-    message = refused(lambda: run(config), runs.NUMERIC, "fp16 overflowed 20 times in a row, last at step 20")
+    message = refused(lambda: run(config), errors.NUMERIC, "fp16 overflowed 20 times in a row, last at step 20")
     stopped = load_run(tmp_path / "r")
     assert stopped.info["status"] == "failed" and message == f"r: {stopped.info['error']}"
     assert len(events(stopped, "overflow")) == 20
@@ -454,7 +460,7 @@ def test_full_disk(small_disk, command, wholes, file):
     left, step = FULL[file]
     argv = command(folder=folder)
     full = start(argv, ("fill disk", small_disk, file, left))
-    assert full.wait() == runs.IO, full.err
+    assert full.wait() == errors.IO, full.err
     one_line(full, str(folder), "No space left on device")
     good, skipped = latest_checkpoint(folder)
     assert (good.step, skipped) == (step, [])
@@ -473,7 +479,7 @@ def no_room_in_rust(*args, **kwargs):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-NO_ROOM = [("safetensors.torch", "save_file", no_room_in_rust), ("hybrid_nb.runs", "write_file", no_room),
+NO_ROOM = [("safetensors.torch", "save_file", no_room_in_rust), ("hybrid_nb.train.checkpoint", "write_file", no_room),
            ("os", "rename", no_room)]
 
 
@@ -486,22 +492,22 @@ def test_full_disk_pretended(run, wholes, monkeypatch, owner, name, fault):
         module = sys.modules[owner]
         real = getattr(module, name)
         patch.setattr(module, name, lambda *a, **k: (fault if "step-8" in "".join(map(str, a)) else real)(*a, **k))
-        refused(run, runs.IO, "cannot save the checkpoint of step 8", "No space left on device")
+        refused(run, errors.IO, "cannot save the checkpoint of step 8", "No space left on device")
     assert tree(folder / "step-4") == before and [p.name for p in folder.iterdir()] == ["step-4"]
     assert result(run()) == result(wholes())
 
 
 def test_too_little_space_is_refused_before_training(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "update", lambda *a: pytest.fail("it trained"))
+    monkeypatch.setattr(loop, "update", lambda *a: pytest.fail("it trained"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    refused(run, runs.IO, "1,000 bytes free; a run needs 1.01 MiB (three checkpoints)")
+    refused(run, errors.IO, "1,000 bytes free; a run needs 1.01 MiB (three checkpoints)")
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["config.json", "lock"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, command):
     (tmp_path / "file").touch()
     process = start(command(folder=tmp_path / "file" / "r"))
-    assert process.wait() == runs.IO
+    assert process.wait() == errors.IO
     one_line(process, "cannot make the run folder", "Not a directory")
 
 
@@ -536,7 +542,7 @@ def test_without_hashes_a_flipped_bit_changes_the_run(run, wholes, monkeypatch):
     victim = run(stop=6).path / "checkpoints/step-6/model.safetensors"
     flip(victim, -2, 4)
     files = json.loads((victim.parent / "manifest.json").read_text())["files"]
-    monkeypatch.setattr(runs, "sha256_file", lambda path: files[path.name]["sha256"] if path.name in files else "")
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda path: files[path.name]["sha256"] if path.name in files else "")
     assert run().info["weights"]["final"] != wholes().info["weights"]["final"]
 
 
@@ -547,7 +553,7 @@ def test_every_flipped_bit_is_noticed(run):
         size = path.stat().st_size
         for at in range(0, size, 11 if path.suffix == ".json" else size // 40):
             flip(path, at, at % 8)
-            refused(lambda: read_checkpoint(step), runs.BAD_DATA, str(step))
+            refused(lambda: read_checkpoint(step), errors.BAD_DATA, str(step))
             flip(path, at, at % 8)
     assert read_checkpoint(step).step == 1
 
@@ -558,17 +564,17 @@ def test_two_damaged_checkpoints_are_refused(run, tmp_path, command):
     (folder / "checkpoints/step-4/manifest.json").write_text("{")
     before = tree(folder / "checkpoints"), tree(folder / "metrics.jsonl")
     process = start(command())
-    assert process.wait() == runs.BAD_DATA
+    assert process.wait() == errors.BAD_DATA
     one_line(process, f"no checkpoint of {folder} can be read", "checkpoints/step-6/model.safetensors is damaged")
     assert (tree(folder / "checkpoints"), tree(folder / "metrics.jsonl")) == before
 
 
 def test_other_configuration_other_data(run, tmp_path):
     folder = run(stop=3).path
-    refused(lambda: run(tiny(lr=0.02)), runs.USAGE, "is of another configuration: train.lr is 0.01 there and 0.02 here")
+    refused(lambda: run(tiny(lr=0.02)), errors.USAGE, "is of another configuration: train.lr is 0.01 there and 0.02 here")
     other = run(tiny(seed=1), "other", stop=5).path
     shutil.copytree(other / "checkpoints/step-5", folder / "checkpoints/step-5")
-    refused(run, runs.BAD_DATA, "step-5 was made with another config_hash")
+    refused(run, errors.BAD_DATA, "step-5 was made with another config_hash")
 
     text = tmp_path / "text"
     text.mkdir()
@@ -578,7 +584,7 @@ def test_other_configuration_other_data(run, tmp_path):
     folder = run(config, "words", stop=3).path
     before = tree(folder / "checkpoints"), tree(folder / "metrics.jsonl")
     (text / "7.txt").write_text("no apples " * 300)
-    refused(lambda: run(config, "words"), runs.BAD_DATA, "step-3 was made with another data")
+    refused(lambda: run(config, "words"), errors.BAD_DATA, "step-3 was made with another data")
     assert (tree(folder / "checkpoints"), tree(folder / "metrics.jsonl")) == before
 
 
@@ -622,10 +628,10 @@ def rehash(step: Path, manifest=..., groups: dict | None = None):
         path = step / f"{name}.safetensors"
         save_file({n: t.contiguous() for n, t in tensors.items()}, path)
         manifest["files"][path.name] = {
-            "sha256": runs.sha256_file(path), "size": path.stat().st_size, "tensors": runs.tensor_forms(tensors)}
+            "sha256": files.sha256_file(path), "size": path.stat().st_size, "tensors": checkpoint.tensor_forms(tensors)}
     if isinstance(manifest, dict):
         manifest.pop("sha256", None)
-        manifest = manifest | {"sha256": runs._manifest_hash(manifest)}
+        manifest = manifest | {"sha256": checkpoint._manifest_hash(manifest)}
     (step / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -691,7 +697,8 @@ def checker(config: Config):
     "What a run asks of a checkpoint."
     model = make_decoder(config.model)
     off = torch.amp.GradScaler("cpu", enabled=False)
-    return lambda found: train.check_checkpoint(found, config.train, config.train.batch_size * config.train.grad_accum, off, {"": model})
+    batch = config.train.batch_size * config.train.grad_accum
+    return lambda found: checkpoint.check_checkpoint(found, config.train, batch, off, {"": model})
 
 
 @pytest.mark.parametrize("forge", [forge_tensors, forge_manifest])
@@ -723,7 +730,7 @@ def test_with_every_checkpoint_forged_a_run_is_refused(short, run):
     folder = short()
     for step in checkpoints(folder):
         forge_tensors(step, random.Random(5))
-    refused(lambda: run(SHORT, folder.name), runs.BAD_DATA, f"no checkpoint of {folder} can be read", "step-5")
+    refused(lambda: run(SHORT, folder.name), errors.BAD_DATA, f"no checkpoint of {folder} can be read", "step-5")
 
 
 def test_hashes_alone_let_a_cut_tensor_through(short, monkeypatch):
@@ -786,7 +793,7 @@ def test_damaged_files_of_a_run_are_named(short, run, name):
             ends.append("went on")
         except RunError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, what
-            assert error.exit_code == runs.BAD_DATA or "of another configuration" in str(error), f"{what}: {error}"
+            assert error.exit_code == errors.BAD_DATA or "of another configuration" in str(error), f"{what}: {error}"
             assert name in str(error) or "is of another configuration" in str(error) or "no checkpoint of" in str(error), f"{what}: {error}"
             ends.append("refused")
         shutil.rmtree(folder)
@@ -815,7 +822,7 @@ def test_no_link_is_followed(short, run, wholes, tmp_path, name):
         again = run(SHORT, folder.name)
         assert result(again) == result(wholes(SHORT)) and not path.is_symlink()
     except RunError as error:
-        assert error.exit_code == runs.BAD_DATA and "is a link" in str(error)
+        assert error.exit_code == errors.BAD_DATA and "is a link" in str(error)
         assert name in ("lock", "metrics.jsonl", "run.json", "config.json", "checkpoints")
     assert tree(victim) == before
 
@@ -828,7 +835,7 @@ def test_without_flock_a_marker_locks(tmp_path, command, wholes):
     process = start(command(), ("no flock",), ("slow",))
     wait_for(lambda: trained(tmp_path / "r", 3))
     rival = start(command(), ("no flock",))
-    assert rival.wait() == runs.USAGE
+    assert rival.wait() == errors.USAGE
     one_line(rival, f"is in use by process {process.pid}")
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -840,9 +847,9 @@ def test_without_flock_a_marker_locks(tmp_path, command, wholes):
 # One line, whatever it was
 
 
-ERRORS = {"MemoryError": (runs.IO, "out of memory"), "KeyError": (1, "KeyError: 'hf_FakeFakeFake'"), "RecursionError": (runs.BAD_DATA, ""),
-          "OverflowError": (runs.NUMERIC, ""), "UnicodeError": (runs.BAD_DATA, ""), "KeyboardInterrupt": (runs.STOPPED, "interrupted"),
-          "PermissionError": (runs.IO, ""), "AssertionError": (1, "")}
+ERRORS = {"MemoryError": (errors.IO, "out of memory"), "KeyError": (1, "KeyError: 'hf_FakeFakeFake'"),
+          "RecursionError": (errors.BAD_DATA, ""), "OverflowError": (errors.NUMERIC, ""), "UnicodeError": (errors.BAD_DATA, ""),
+          "KeyboardInterrupt": (errors.STOPPED, "interrupted"), "PermissionError": (errors.IO, ""), "AssertionError": (1, "")}
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -863,7 +870,7 @@ def test_every_error_is_one_line(tmp_path, command, kind):
 def test_a_killed_worker_is_one_line(tmp_path, command):
     config = tiny(workers=1)
     process = start(command(config), ("kill workers", 5))
-    assert process.wait() == runs.STOPPED
+    assert process.wait() == errors.STOPPED
     one_line(process, "a process that reads batches was ended (DataLoader worker", "the same command continues")
     assert load_run(tmp_path / "r").info["status"] == "interrupted"
     assert start(command(config)).wait() == 0
@@ -899,7 +906,7 @@ def test_a_sample_comes_from_a_checkpoint_of_this_model(short):
 
 def test_a_misspelt_option_is_one_line(command):
     process = start([*command(SHORT), "--paralel", "zero3"])
-    assert process.wait() == runs.USAGE
+    assert process.wait() == errors.USAGE
     assert process.err == "RunError: unrecognized arguments: --paralel zero3\n"
 
 
@@ -921,7 +928,7 @@ def test_no_secret_and_no_path_reaches_the_folder(tmp_path, command):
     words = [*secrets, *secrets.values(), "passFake", str(tmp_path), str(root), sys.prefix, f"{Path.home()}/"]
     assert start(command(), ("kill step", 9), **secrets).wait() == -signal.SIGKILL
     flip(checkpoints(folder)[0] / "model.safetensors")
-    assert start(command(), ("nan gradient", 10), **secrets).wait() == runs.NUMERIC
+    assert start(command(), ("nan gradient", 10), **secrets).wait() == errors.NUMERIC
     assert start(command(), **secrets).wait() == 0
     assert len(events(load_run(folder), "resume")) == 3 and events(load_run(folder), "nonfinite")
     assert leaks(folder, words) == set()

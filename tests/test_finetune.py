@@ -17,13 +17,18 @@ from driver import one_thread, result, start, tiny, tiny_hybrid
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hybrid_nb.config import Config, ConfigError, FinetuneConfig, override, to_yaml
-from hybrid_nb.data import DataError, load_tokenizer, prepare
-from hybrid_nb.evaluate import evaluate, sample_text
-from hybrid_nb.finetune import merge, problems, tuning_config
-from hybrid_nb.pipeline import sample_run
-from hybrid_nb.runs import Run, RunError, checkpoints, load_run, read_checkpoint
-from hybrid_nb.train import train
+from hybrid_nb.cli.main import sample_run
+from hybrid_nb.config.config import Config, FinetuneConfig, to_yaml
+from hybrid_nb.config.errors import ConfigError, DataError, RunError
+from hybrid_nb.config.override import override
+from hybrid_nb.data.prepare import prepare
+from hybrid_nb.data.tokenizer import load_tokenizer
+from hybrid_nb.experiments.finetune import problems, tuning_config
+from hybrid_nb.runs.runs import Run, load_run
+from hybrid_nb.train.checkpoint import checkpoints, read_checkpoint
+from hybrid_nb.train.evaluate import evaluate, sample_text
+from hybrid_nb.train.launch import train
+from hybrid_nb.train.lora import merge
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'hybrid-nb[peft]'")
 BASES = {"decoder": tiny(steps=4), "experts": tiny(steps=4, ffn="swiglu", n_routed_experts=4, n_shared_experts=1, moe_d_ff=32),
@@ -75,11 +80,11 @@ def test_killed_while_it_saves_the_adapter(tmp_path, work, whole, monkeypatch):
     def die(wrapped):
         raise MemoryError
 
-    monkeypatch.setattr("hybrid_nb.finetune.merge", die)
+    monkeypatch.setattr("hybrid_nb.train.lora.merge", die)
     with pytest.raises(MemoryError):
         train(config, tmp_path / "r", device="cpu", cache=work / "cache")
     assert not (tmp_path / "r" / "model").exists() and load_run(tmp_path / "r").info["status"] == "failed"
-    monkeypatch.setattr("hybrid_nb.finetune.merge", real)
+    monkeypatch.setattr("hybrid_nb.train.lora.merge", real)
     train(config, tmp_path / "r", device="cpu", cache=work / "cache")
     straight = train(config, tmp_path / "s", device="cpu", cache=work / "cache")
     assert result(load_run(tmp_path / "r"))["model"] == result(straight)["model"]

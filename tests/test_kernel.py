@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_nb import ssm
+from hybrid_nb.model import ssm
 
 SHARED = ("g++", "-shared", "-fPIC", "-x", "c++", "-", "-o")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")

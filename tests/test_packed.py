@@ -8,11 +8,12 @@ import torch
 from driver import one_thread
 from transformers import DynamicCache, StaticCache
 
-from hybrid_nb import decoder as decoder_module
-from hybrid_nb.attention import shifted_cache
-from hybrid_nb.config import HybridConfig, ModelConfig
-from hybrid_nb.decoder import checkpoint_activations, to_llama
-from hybrid_nb.hybrid import HybridCache, make_model
+from hybrid_nb.config.config import HybridConfig, ModelConfig
+from hybrid_nb.model import texts
+from hybrid_nb.model.attention import shifted_cache
+from hybrid_nb.model.decoder import checkpoint_activations
+from hybrid_nb.model.hybrid import HybridCache, make_model
+from hybrid_nb.model.llama import to_llama
 
 LIMIT = 24  # positions; rows of several texts are longer
 BASE = ModelConfig(d_model=32, n_layer=2, n_head=4, n_kv_head=2, d_ff=48, vocab_size=61, max_seq_len=LIMIT, init_std=0.2)
@@ -105,7 +106,7 @@ def ignore_boundaries(monkeypatch):
         real = torch.ones_like(position_BS, dtype=torch.bool) if keep_BS is None else keep_BS
         return real & (real.long().cumsum(1) == 1)
 
-    monkeypatch.setattr(decoder_module, "text_starts", one_text)
+    monkeypatch.setattr(texts, "text_starts", one_text)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ import nbformat
 import pytest
 from papermill.cli import papermill as command
 
-from hybrid_nb.pipeline import RESULT_MIME, read_command, report_problem
+from hybrid_nb.cli.parameters import read_command
+from hybrid_nb.report.result import RESULT_MIME, report_problem
 
 PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
 STOCK = ["--engine", "nbclient"]
@@ -44,7 +45,7 @@ def tiny(path: Path, *cells: str, opted: bool = True) -> Path:
     if opted:
         nb.metadata["hybrid_nb"] = {"pipeline": "train", "subject": "model"}
     tagged = v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
-    imports = v4.new_code_cell("from hybrid_nb.pipeline import Result")
+    imports = v4.new_code_cell("from hybrid_nb.report.result import Result")
     nb.cells = [v4.new_markdown_cell("# Tiny"), imports, tagged, *map(v4.new_code_cell, cells or (LOOP, SHOW))]
     path.parent.mkdir(exist_ok=True)
     nbformat.write(nb, path)
@@ -291,7 +292,7 @@ ENDS = {
     ),
     "left": ("import sys\nsys.exit(0)", 65, "the notebook left by SystemExit(0) in code cell 3"),
     "numbers": (
-        "from hybrid_nb.runs import RunError\nraise RunError('loss is NaN', 70)",
+        "from hybrid_nb.config.errors import RunError\nraise RunError('loss is NaN', 70)",
         70,
         "loss is NaN (code cell 3)",
     ),

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_nb.projector import KVDimensionProjector
+from hybrid_nb.model.projector import KVDimensionProjector
 
 BIN = Path(sys.executable).parent
 CONFIGS = {"Qwen2.5-7B": {"d_model": 48, "num_layers": 2}}
 DIE = """
 import os, pathlib, signal, sys
-from hybrid_nb import projector
+from hybrid_nb.model import projector
 real = projector.save_file
 def halve(tensors, path, **more):
     real(tensors, path, **more)
@@ -32,8 +32,8 @@ import os, sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from hybrid_nb.projector import KVDimensionProjector, compute_kv_loss
-from hybrid_nb.train import leave
+from hybrid_nb.model.projector import compute_kv_loss, KVDimensionProjector
+from hybrid_nb.train.distributed import leave
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 net = KVDimensionProjector({"Qwen2.5-7B": {"d_model": 48, "num_layers": 2}}, 32, dropout=0.0)

@@ -17,9 +17,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+PACKAGES = ("config", "runs", "data", "model", "account", "train", "report", "study", "experiments", "cli")
+NOTEBOOKS = [path for p in (".", *PACKAGES) for path in sorted((ROOT / "nbs" / p).glob("[0-9][0-9]_*.ipynb"))]
 PIPELINES = sorted((ROOT / "pipelines").glob("*.ipynb"))
-PLACE = {path.stem[3:]: place for place, path in enumerate(NOTEBOOKS)}
+
+
+def module_of(path: Path) -> str:
+    "The module that a notebook exports, without the name of the package."
+    return next(m[1] for c in code_cells(path) if (m := re.match(r"#\|\s*default_exp ([\w.]+)", c["source"])))
+
 
 
 def code_cells(path: Path) -> list[dict]:
@@ -28,21 +34,23 @@ def code_cells(path: Path) -> list[dict]:
     return [cell | {"source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
 
 
+PLACE = {module_of(path): place for place, path in enumerate(NOTEBOOKS)}
+
+
 def tree(source: str) -> ast.Module:
     "The syntax tree of a cell, less IPython's magics."
     return ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))))
 
 
 def imported(node: ast.AST) -> set[str]:
-    "The modules of this package that the code imports."
+    "The modules of this package that the code imports, without the name of the package."
     names = set()
     for child in ast.walk(node):
-        if isinstance(child, ast.ImportFrom) and child.module == "hybrid_nb":
-            names |= {alias.name for alias in child.names}
-        elif isinstance(child, ast.ImportFrom) and (child.module or "").startswith("hybrid_nb."):
-            names.add(child.module.split(".")[1])
+        if isinstance(child, ast.ImportFrom) and (child.module or "").startswith("hybrid_nb."):
+            module = child.module.removeprefix("hybrid_nb.")
+            names |= {module} if module in PLACE else {f"{module}.{alias.name}" for alias in child.names}
         elif isinstance(child, ast.Import):
-            names |= {a.name.split(".")[1] for a in child.names if a.name.startswith("hybrid_nb.")}
+            names |= {a.name.removeprefix("hybrid_nb.") for a in child.names if a.name.startswith("hybrid_nb.")}
     return names
 
 
@@ -64,21 +72,23 @@ def test_notebook_is_its_module(path):
     first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
     lines = "".join(first["source"]).splitlines()
     assert lines[0].startswith("# ") and lines[1].startswith("> ") and lines[1].endswith(".")
-    exports = [m[1] for c in code_cells(path) if (m := re.match(r"#\|\s*default_exp (\w+)", c["source"]))]
-    assert exports == [path.stem[3:]]
-    assert (ROOT / "hybrid_nb" / f"{path.stem[3:]}.py").exists()
+    *package, module = module_of(path).split(".")
+    assert package == list(path.relative_to(ROOT / "nbs").parts[:-1])
+    assert module.strip("_") == path.stem[3:] or (module, path.stem) == ("__init__", "00_hybrid_nb")
+    assert Path(ROOT, "hybrid_nb", *package, f"{module}.py").exists()
 
 
 def test_every_module_has_a_notebook():
-    modules = {p.stem for p in (ROOT / "hybrid_nb").glob("*.py")} - {"__init__", "_modidx"}
+    files = [p.relative_to(ROOT / "hybrid_nb") for p in (ROOT / "hybrid_nb").rglob("*.py") if p.read_text().strip()]
+    modules = {".".join(p.with_suffix("").parts) for p in files} - {"_modidx"}
     assert modules == set(PLACE)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
 def test_nothing_imports_a_higher_number(path):
     for cell in code_cells(path):
         for name in imported(tree(cell["source"])):
-            assert PLACE[name] <= PLACE[path.stem[3:]], f"{path.stem} imports {name}"
+            assert PLACE[name] <= PLACE[module_of(path)], f"{path.stem} imports {name}"
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
@@ -128,7 +138,7 @@ def test_no_path_of_one_machine():
 def test_importing_is_quick_and_leaves_torch_alone():
     check = "import time; t = time.perf_counter(); import {}; import sys; assert 'torch' not in sys.modules; "
     check += "print(time.perf_counter() - t)"
-    for module, seconds in (("hybrid_nb", 0.1), ("hybrid_nb.config", 0.3), ("hybrid_nb.runs", 0.5)):
+    for module, seconds in (("hybrid_nb", 0.1), ("hybrid_nb.config.documents", 0.3), ("hybrid_nb.runs.files", 0.5)):
         times = []
         for _ in range(3):
             run = subprocess.run([sys.executable, "-c", check.format(module)], cwd=ROOT, capture_output=True, text=True)
@@ -165,9 +175,9 @@ def test_metadata_of_the_package():
 
     assert version("hybrid-nb") == settings()["version"]
     assert [e.value for e in entry_points(group="papermill.engine", name="hybrid_nb")] == [
-        "hybrid_nb.pipeline:HybridEngine"
+        "hybrid_nb.cli.engine:HybridEngine"
     ]
-    assert [e.value for e in entry_points(group="console_scripts", name="hnb")] == ["hybrid_nb.pipeline:main"]
+    assert [e.value for e in entry_points(group="console_scripts", name="hnb")] == ["hybrid_nb.cli.main:main"]
 
 
 def test_readme_is_made_from_the_index(tmp_path):
@@ -213,7 +223,7 @@ def clone(tmp_path, monkeypatch) -> Path:
         monkeypatch.setenv(f"GIT_{who}_NAME", "x")
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "x@example.org")
     there = tmp_path / "a clone"
-    files = "Makefile settings.ini constraints.txt .gitattributes hooks/clean.py nbs/14_evaluate.ipynb pipelines/train.ipynb"
+    files = "Makefile settings.ini constraints.txt .gitattributes hooks/clean.py nbs/train/04_evaluate.ipynb pipelines/train.ipynb"
     for name in files.split():
         (there / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, there / name)
@@ -253,7 +263,7 @@ def test_hooks_clean_on_commit_and_touch_nothing_else(clone):
     after = {p.relative_to(clone): p.read_bytes() for p in clone.rglob("*") if p.is_file() and p.name != "config"}
     assert after == before and list((clone.parent / "home").iterdir()) == []
     assert in_clone(clone, "git status --porcelain") == ""
-    for name in ("nbs/14_evaluate.ipynb", "pipelines/train.ipynb"):
+    for name in ("nbs/train/04_evaluate.ipynb", "pipelines/train.ipynb"):
         executed(clone / name)
         assert in_clone(clone, f"git add {name}", f"git show :{name}").encode() == (ROOT / name).read_bytes()
     assert in_clone(clone, "git status --porcelain") == ""
@@ -262,15 +272,15 @@ def test_hooks_clean_on_commit_and_touch_nothing_else(clone):
 
 
 def test_without_hooks_counts_are_committed(clone):
-    executed(clone / "nbs" / "14_evaluate.ipynb")
-    assert "2026-01-01" in in_clone(clone, "git add -A", "git show :nbs/14_evaluate.ipynb")
+    executed(clone / "nbs" / "train" / "04_evaluate.ipynb")
+    assert "2026-01-01" in in_clone(clone, "git add -A", "git show :nbs/train/04_evaluate.ipynb")
 
 
 @pytest.mark.parametrize("hooks", [True, False])
 def test_hooks_merge_cell_by_cell(clone, hooks):
     if hooks:
         in_clone(clone, HOOKS)
-    path = clone / "nbs" / "14_evaluate.ipynb"
+    path = clone / "nbs" / "train" / "04_evaluate.ipynb"
     text = path.read_text(encoding="utf-8")
     for branch, heading in (("theirs", "Theirs"), ("main", "Ours")):
         in_clone(clone, f"git checkout -q {'-b ' * (branch == 'theirs')}{branch}")

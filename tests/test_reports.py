@@ -18,9 +18,14 @@ import pytest
 from test_cli import HNB
 from test_papermill import end, good_report, start
 
-from hybrid_nb.config import get_config
-from hybrid_nb.pipeline import RESULT_MIME, export_html, results_table, verify_quick, write_index
-from hybrid_nb.runs import RunError, claim_folder, write_json
+from hybrid_nb.cli.verify import verify_quick
+from hybrid_nb.config.errors import RunError
+from hybrid_nb.config.presets import get_config
+from hybrid_nb.report.index import results_table, write_index
+from hybrid_nb.report.page import export_html
+from hybrid_nb.report.result import RESULT_MIME
+from hybrid_nb.runs.files import write_json
+from hybrid_nb.runs.runs import claim_folder
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
 DEEP: list = []

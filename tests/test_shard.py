@@ -13,9 +13,15 @@ from driver import one_thread, result, start, tiny
 from safetensors.torch import load_file
 from test_torchrun import ended, gap, two
 
-from hybrid_nb import runs, shard, train
-from hybrid_nb.config import ConfigError, get_config, to_yaml
-from hybrid_nb.runs import Run, checkpoints, load_run, read_checkpoint
+from hybrid_nb.account import layout
+from hybrid_nb.config import errors
+from hybrid_nb.config.config import to_yaml
+from hybrid_nb.config.errors import ConfigError
+from hybrid_nb.config.presets import get_config
+from hybrid_nb.experiments import parallel
+from hybrid_nb.runs.runs import Run, load_run
+from hybrid_nb.train import launch
+from hybrid_nb.train.checkpoint import checkpoints, read_checkpoint
 
 SAME = {"dropout": 0.0, "attn_dropout": 0.0, "log_interval": 1, "steps": 10, "save_interval": 5, "eval_interval": 5,
         "gradient_checkpointing": True, "grad_noise": 0.2, "k": "frozen-orthogonal"}
@@ -33,7 +39,7 @@ def work(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def single(work) -> Run:
     "The global batches in one process."
-    return train.train(ONE, work / "single", device="cpu", cache=work / "cache")
+    return launch.train(ONE, work / "single", device="cpu", cache=work / "cache")
 
 
 def command(work: Path, name: str, mode: str, config=None) -> list:
@@ -87,15 +93,15 @@ def halfway(work: Path, run: Run, name: str) -> Path:
 @pytest.mark.parametrize("mode", SHARDED)
 def test_two_processes_are_continued_by_one(sharded, single, work, mode):
     readers = 1 if mode == "tp2" else 2
-    config = shard.move(halfway(work, sharded[mode], f"{mode}-half"), work / f"{mode}-one", 1)
+    config = launch.move(halfway(work, sharded[mode], f"{mode}-half"), work / f"{mode}-one", 1)
     assert config.train.grad_accum == (ONE if readers == 1 else TWO).train.grad_accum * readers
-    run = train.train(config, work / f"{mode}-one", device="cpu", cache=work / "cache")
+    run = launch.train(config, work / f"{mode}-one", device="cpu", cache=work / "cache")
     assert [r["step"] for r in run.records("train")] == list(range(1, 11)) and "parallel" not in run.info
     assert gap(run, single, "train", "loss") < 1e-5 and gap(run, sharded[mode], "train", "loss") < 1e-5
 
 
 def test_one_process_is_continued_by_two(single, work):
-    config = shard.move(halfway(work, single, "one-half"), work / "one-two", 2)
+    config = launch.move(halfway(work, single, "one-half"), work / "one-two", 2)
     assert config == TWO
     assert ended(two(command(work, "one-two", "zero3", config))) == [0, 0]
     assert gap(load_run(work / "one-two"), single, "train", "loss") < 1e-5
@@ -130,7 +136,7 @@ def test_halves_stop_together_and_go_on(sharded, work, rank):
     "One rank of tp2 meets NaN; both end, with a checkpoint from which the same command continues."
     name = f"nan-{rank}"
     ranks = two(command(work, name, "tp2"), ("nan gradient", 6, rank))
-    assert ended(ranks) == [runs.NUMERIC] * 2
+    assert ended(ranks) == [errors.NUMERIC] * 2
     assert "gradient norm nan at step 7" in ranks[0].err and load_run(work / name).info["status"] == "failed"
     assert checkpoints(work / name)[0].name == "step-6"
     assert ended(two(command(work, name, "tp2"))) == [0, 0]
@@ -141,15 +147,15 @@ def test_a_hybrid_model_in_shards(work):
     same = {"dropout": 0.0, "attn_dropout": 0.0, "branch_dropout": 0.0, "log_interval": 1, "steps": 6, "eval_interval": 6}
     config = driver.tiny_hybrid(**same, grad_accum=1)
     assert ended(two(command(work, "hybrid", "zero2", config))) == [0, 0]
-    one = train.train(driver.tiny_hybrid(**same, grad_accum=2), work / "hybrid-one", device="cpu", cache=work / "cache")
+    one = launch.train(driver.tiny_hybrid(**same, grad_accum=2), work / "hybrid-one", device="cpu", cache=work / "cache")
     assert gap(load_run(work / "hybrid"), one, "train", "loss") < 1e-5 and gap(load_run(work / "hybrid"), one, "eval", "val_loss") < 1e-5
 
 
 def test_what_shards_do_not_divide_is_refused(work):
     with pytest.raises(ConfigError, match="2 shards do not divide d_ff=63, as parallel='tp2' needs"):
-        shard.check_layout(tiny(**SAME, d_ff=63), "tp2", 2)
+        layout.check_layout(tiny(**SAME, d_ff=63), "tp2", 2)
     alone = start(command(work, "alone", "zero3"))
-    assert alone.wait() == runs.USAGE
+    assert alone.wait() == errors.USAGE
     assert alone.err == "ConfigError: parallel='zero3' needs several processes, and there is 1: start them by torchrun\n"
     assert not (work / "alone").exists()
 
@@ -160,15 +166,15 @@ def test_uneven_targets_and_real_shards():
         "n_layer": 2, "d_model": 16, "n_head": 4, "n_kv_head": 2, "d_ff": 24, "vocab_size": 61, "attn_bias": True, "ffn_bias": True,
         "position": "learned", "tie_embeddings": False, "q": "frozen-gaussian", "seq_len": 12, "batch_size": 8, "grad_accum": 2,
         "grad_clip": 0.3, "warmup_steps": 1, "lr": 0.01})
-    _, y = shard.trial_batch(config, 0)
+    _, y = parallel.trial_batch(config, 0)
     counts = [int((part != -100).sum()) for part in y.split(4, dim=1)]
     assert counts[0] * 2 < counts[1]
-    trials = json.loads(json.dumps(shard.run_trials(config)))
-    assert set(trials) == {"one", *shard.MODES}
+    trials = json.loads(json.dumps(parallel.run_trials(config)))
+    assert set(trials) == {"one", *layout.MODES}
     (one,) = trials["one"]["bytes"]
-    for mode in shard.MODES:
-        assert shard.gap(trials, mode) < 1e-5 and shard.gap(trials, mode, "norms") < 1e-4, mode
-    assert {row[-1] for row in shard.trial_table(trials, config).cells} == {"yes"}
+    for mode in layout.MODES:
+        assert parallel.gap(trials, mode) < 1e-5 and parallel.gap(trials, mode, "norms") < 1e-4, mode
+    assert {row[-1] for row in parallel.trial_table(trials, config).cells} == {"yes"}
     for mode in ("zero2", "zero3"):
         for name in ("weights", "gradients", "optimizer state"):
             assert sum(rank[name] for rank in trials[mode]["bytes"]) == one[name], (mode, name)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from driver import one_thread
 
-from hybrid_nb import train
-from hybrid_nb.runs import RunError
+from hybrid_nb.config.errors import RunError
+from hybrid_nb.data import batches
+from hybrid_nb.train import launch, loop, optim
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def work(tmp_path_factory):
 
 def masked(monkeypatch, seed: int, empty: set[int]):
     "Let training read batches with few targets, and with none at the steps in `empty`; what each update said."
-    said, loader, update = [], train.loader, train.update
+    said, loader, update = [], batches.loader, optim.update
 
     class Masked:
         def __init__(self, *args):
@@ -41,8 +42,8 @@ def masked(monkeypatch, seed: int, empty: set[int]):
         said.append((found[0], int((args[4] != -100).sum())))
         return found
 
-    monkeypatch.setattr(train, "loader", Masked)
-    monkeypatch.setattr(train, "update", watched)
+    monkeypatch.setattr(loop, "loader", Masked)
+    monkeypatch.setattr(loop, "update", watched)
     return said
 
 
@@ -50,7 +51,7 @@ def masked(monkeypatch, seed: int, empty: set[int]):
 def test_losses_are_weighted_and_tokens_counted_by_targets(work, monkeypatch, seed):
     config = driver.tiny(steps=12, log_interval=4, grad_accum=1, seed=seed)
     said = masked(monkeypatch, seed, {2, 8, 9, 10, 11} if seed == 2 else {2, 6})
-    run = train.train(config, work / f"weighted-{seed}", device="cpu", cache=work / "cache")
+    run = launch.train(config, work / f"weighted-{seed}", device="cpu", cache=work / "cache")
     told = {r["step"]: r["loss"] for r in run.records("train")}
     for end in (4, 8, 12):
         losses, counts = zip(*said[end - 4 : end], strict=True)
@@ -67,7 +68,7 @@ def test_losses_are_weighted_and_tokens_counted_by_targets(work, monkeypatch, se
 
 def test_a_run_without_any_targets_ends_as_it_began(work, monkeypatch):
     masked(monkeypatch, 0, set(range(12)))
-    run = train.train(driver.tiny(steps=12, weight_decay=0.5), work / "none", device="cpu", cache=work / "cache")
+    run = launch.train(driver.tiny(steps=12, weight_decay=0.5), work / "none", device="cpu", cache=work / "cache")
     assert run.info["weights"]["final"] == run.info["weights"]["initial"]
     assert (run.info["tokens_seen"], run.records("train")) == (0, [])
     assert len({r["val_loss"] for r in run.records("eval")}) == 1
@@ -75,7 +76,7 @@ def test_a_run_without_any_targets_ends_as_it_began(work, monkeypatch):
 
 def test_an_evaluation_without_targets_says_so(work, monkeypatch):
     nothing = [(torch.zeros(2, 8).long(), torch.full((2, 8), -100))]
-    monkeypatch.setattr("hybrid_nb.data.TokenData.valid_batches", lambda *_, **__: iter(nothing))
+    monkeypatch.setattr("hybrid_nb.data.tokens.TokenData.valid_batches", lambda *_, **__: iter(nothing))
     with pytest.raises(RunError, match="nothing to evaluate: no targets in the batches") as error:
-        train.train(driver.tiny(), work / "unseen", device="cpu", cache=work / "cache")
+        launch.train(driver.tiny(), work / "unseen", device="cpu", cache=work / "cache")
     assert error.value.exit_code == 65 and "\n" not in str(error.value)

@@ -20,10 +20,13 @@ import torch.nn.functional as F
 from driver import Process, events, one_thread, result, start, tiny, trained, tree, wait_for
 from safetensors.torch import load_file
 
-from hybrid_nb import runs, train
-from hybrid_nb.config import to_yaml
-from hybrid_nb.decoder import make_decoder
-from hybrid_nb.runs import Run, checkpoints, load_run, read_checkpoint
+from hybrid_nb.config import errors
+from hybrid_nb.config.config import to_yaml
+from hybrid_nb.model.decoder import make_decoder
+from hybrid_nb.runs import files
+from hybrid_nb.runs.runs import Run, load_run
+from hybrid_nb.train import launch, optim
+from hybrid_nb.train.checkpoint import checkpoints, read_checkpoint
 
 SAME = {"dropout": 0.0, "attn_dropout": 0.0, "log_interval": 1, "steps": 24, "save_interval": 24, "eval_interval": 12}
 ONE, TWO = tiny(**SAME, grad_accum=2), tiny(**SAME, grad_accum=1, workers=1)
@@ -76,7 +79,7 @@ def whole(work, command) -> Run:
 @pytest.fixture(scope="module")
 def single(work) -> Run:
     "The same global batches in one process."
-    return train.train(ONE, work / "single", device="cpu", cache=work / "cache")
+    return launch.train(ONE, work / "single", device="cpu", cache=work / "cache")
 
 
 def gap(a: Run, b: Run, kind: str, key: str) -> float:
@@ -103,7 +106,7 @@ def test_two_processes_train_a_hybrid_model(work):
     (work / "hybrid.yaml").write_text(to_yaml(driver.tiny_hybrid(**same, grad_accum=1)))
     argv = ["--config", work / "hybrid.yaml", "--cache", work / "cache", "--device", "cpu", "--folder", work / "hybrid"]
     assert ended(two(argv)) == [0, 0]
-    one = train.train(driver.tiny_hybrid(**same, grad_accum=2), work / "hybrid-one", device="cpu", cache=work / "cache")
+    one = launch.train(driver.tiny_hybrid(**same, grad_accum=2), work / "hybrid-one", device="cpu", cache=work / "cache")
     both = load_run(work / "hybrid")
     assert gap(both, one, "train", "loss") < 1e-5 and gap(both, one, "eval", "val_loss") < 1e-5
     assert gap(both, one, "train", "grad_norm") < 1e-4
@@ -139,7 +142,7 @@ def test_a_signal_to_one_rank_stops_both(whole, work, command):
     ranks = two(command("one"), ("slow",))
     wait_for(lambda: trained(work / "one", 3))
     os.kill(ranks[1].pid, signal.SIGTERM)
-    assert ended(ranks) == [runs.STOPPED] * 2
+    assert ended(ranks) == [errors.STOPPED] * 2
     assert events(load_run(work / "one"), "stop") == ["another process asked to stop"]
     assert ended(two(command("one"))) == [0, 0]
     assert result(load_run(work / "one")) == result(whole)
@@ -147,7 +150,7 @@ def test_a_signal_to_one_rank_stops_both(whole, work, command):
 
 def test_nan_on_one_rank_stops_both(whole, work, command):
     ranks = two(command("nan"), ("nan gradient", 5, 1))
-    assert ended(ranks) == [runs.NUMERIC] * 2
+    assert ended(ranks) == [errors.NUMERIC] * 2
     assert "gradient norm nan at step 6, batch " in ranks[0].err
     failed = load_run(work / "nan")
     assert failed.info["status"] == "failed" and checkpoints(failed.path)[0].name == "step-5"
@@ -165,7 +168,7 @@ def test_a_killed_rank_ends_the_other(whole, work, command, rank):
     os.kill(ranks[rank].pid, signal.SIGKILL)
     other = 1 - rank
     codes = ended(ranks)
-    assert (codes[rank], codes[other]) == (-signal.SIGKILL, runs.STOPPED), ranks[other].err
+    assert (codes[rank], codes[other]) == (-signal.SIGKILL, errors.STOPPED), ranks[other].err
     assert ranks[other].err == f"RunError: process {rank} of 2 ended; the same command continues\n"
     left = load_run(work / name)
     assert left.info["status"] == "interrupted" and left.info["error"].endswith(" ended; the same command continues")
@@ -204,7 +207,7 @@ def test_another_number_of_processes_keeps_the_global_batch(work, turns):
             start(argv, *([("kill step", kill)] if kill else []))]
         assert ended(processes) == [-signal.SIGKILL if kill else 0] * ranks, processes[0].err
     moved = load_run(work / name)
-    one = train.train(tiny(**SAME | MOVED, grad_accum=2), work / "unmoved", device="cpu", cache=work / "cache")
+    one = launch.train(tiny(**SAME | MOVED, grad_accum=2), work / "unmoved", device="cpu", cache=work / "cache")
     for key in ("data_hash", "tokens_seen", "global_batch"):
         assert moved.info[key] == one.info[key], key
     assert gap(moved, one, "train", "loss") < 1e-5 and gap(moved, one, "eval", "val_loss") < 1e-5
@@ -220,17 +223,17 @@ def test_a_number_of_processes_that_cannot_share_is_refused(work, single):
     argv = ["--config", path, "--cache", work / "cache", "--device", "cpu", "--folder", work / "uneven"]
     assert start(argv, ("kill step", 4)).wait() == -signal.SIGKILL
     ranks = two(argv, ranks=3)
-    assert ended(ranks) == [runs.USAGE] * 3
+    assert ended(ranks) == [errors.USAGE] * 3
     line = "RunError: 3 processes cannot share the 32 windows of an update of this run evenly; 1, 2, 4, 8, 16 can\n"
     assert [p.err for p in ranks] == [line] * 3
 
 
 def test_a_folder_in_use_is_refused(work, command):
     (work / "used").mkdir()
-    with runs.locked(work / "used"):
+    with files.locked(work / "used"):
         ranks = two(command("used"))
         codes = ended(ranks)
-    assert codes == [runs.USAGE, runs.STOPPED]
+    assert codes == [errors.USAGE, errors.STOPPED]
     assert ranks[1].err == "RunError: process 0 of 2 ended; the same command continues\n"
     assert f"is in use by process {os.getpid()}" in ranks[0].err
 
@@ -248,9 +251,9 @@ def test_uneven_targets_weigh_by_targets(work):
     loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), driver.UNEVEN.train.grad_clip)
-    optimizer = train.make_optimizer(model, driver.UNEVEN.train)
+    optimizer = optim.make_optimizer(model, driver.UNEVEN.train)
     for group in optimizer.param_groups:
-        group["lr"] = train.lr_at(driver.UNEVEN.train, 0)
+        group["lr"] = optim.lr_at(driver.UNEVEN.train, 0)
     optimizer.step()
     assert int((y != -100).sum()) == 27 and norm > driver.UNEVEN.train.grad_clip
     assert abs(first["loss"] - loss) < 1e-6 and abs(first["norm"] - norm) < 1e-5

@@ -93,7 +93,7 @@ def test_entry_points_are_those_of_the_wheel(installed):
     ask += "print([p.value for p in e(group='papermill.engine')], [p.value for p in e(group='console_scripts', name='hnb')])"
     module, place, points = run([sys.executable, "-c", ask], folder, env).splitlines()
     assert Path(module).parent.parent == Path(place) == folder.parent / "env"
-    assert points == "['hybrid_nb.pipeline:HybridEngine'] ['hybrid_nb.pipeline:main']"
+    assert points == "['hybrid_nb.cli.engine:HybridEngine'] ['hybrid_nb.cli.main:main']"
 
 
 def test_what_asks_only(installed):
