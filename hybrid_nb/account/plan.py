@@ -93,8 +93,9 @@ def describe_trial(
     "What a trial leaves out of the whole schedule, why, and how to ask for it."
     w, t = whole.train, trial.train
     share = run_tokens(trial) / run_tokens(whole)
+    percent = f"{share:.1%}" if share >= 0.001 else f"{share:.1e}"
     return (f"Short trial of the true model on a CPU: {t.steps:,} steps of {t.batch_size} x {t.seq_len} tokens instead "
-            f"of {w.steps:,} steps of {w.batch_size * w.grad_accum} x {w.seq_len}, {share:.1e} of the tokens, because "
+            f"of {w.steps:,} steps of {w.batch_size * w.grad_accum} x {w.seq_len}, {percent} of the tokens, because "
             f"the whole schedule takes {run_flops(whole):.1e} FLOPs, here about {duration_text(seconds)} at {rate}. "
             f"Ask for it by `{ask}`.")
 

@@ -41,9 +41,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def matmul_rate(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    seconds: float = 0.2,  # of measuring, about, beside one product to warm up
+    seconds: float = 0.3,  # of measuring, about
 ) -> float:  # FLOP/s, the best of several products of random matrices
-    "The rate that square matrix products reach on a device, at the largest size that fits the time."
+    "The best rate that square matrix products reach on a device, up to the largest size that fits the time."
     device = torch.device(device)
     size, largest = (1024, 8192) if device.type == "cuda" else (64, 1024)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -56,16 +56,22 @@ def matmul_rate(
         wait()
         return time.perf_counter() - start
 
+    def matrices():
+        return (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    product(*matrices())  # to warm up
+    before, rate = 0.0, 0.0
     while True:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        product(a, b)
-        best = product(a, b)
-        if size == largest or time.perf_counter() + 16 * best > end:
+        a, b = matrices()
+        took = product(a, b)
+        rate = max(rate, 2 * size**3 / took)
+        ahead = took + 8 * max(0.0, took - before)  # of a product twice as large: only its arithmetic is eight times as much
+        if size == largest or before and time.perf_counter() + ahead > end:
             break
-        size *= 2
+        before, size = took, 2 * size
     while time.perf_counter() < end:
-        best = min(best, product(a, b))
-    return 2 * size**3 / best
+        rate = max(rate, 2 * size**3 / product(a, b))
+    return rate
 
 # %% ../../nbs/account/01_rates.ipynb #78cd0326
 ASSUMED = "HYBRID_NB_RATES"  # environment variable: FLOP/s by precision, as in 'fp32=8e10 bf16=1e9'

@@ -126,7 +126,7 @@ def plan_text(
     from hybrid_nb.account.flops import ASSUMED_MFU, run_seconds
     from hybrid_nb.account.memory import plan_rows
     from hybrid_nb.account.rates import rate_text
-    from hybrid_nb.train.launch import notes_before
+    from hybrid_nb.train.optim import notes_before
 
     rows = [_cost_row("this run", plan.config, rate)]
     rows += [_cost_row("whole schedule", plan.whole, rate)] if plan.trial else []

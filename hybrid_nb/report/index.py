@@ -6,7 +6,7 @@
 __all__ = ['read_notebook', 'read_reports', 'write_index', 'results_table', 'read_report', 'read_result']
 
 # %% ../../nbs/report/12_index.ipynb #57b50450
-import html.parser
+import html
 import json
 import re
 import warnings

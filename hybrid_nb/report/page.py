@@ -7,7 +7,7 @@ __all__ = ['page', 'harmless', 'notebook_title', 'report_page', 'export_html']
 
 # %% ../../nbs/report/11_page.ipynb #5a16776a
 import copy
-import html.parser
+import html
 import os
 import re
 import urllib.parse

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from IPython import get_ipython
 from IPython.display import display
 
 from ..account.flops import flops_per_token, run_flops, run_tokens

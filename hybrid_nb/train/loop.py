@@ -35,7 +35,7 @@ from ..config.config import Config, TrainConfig, asdict, config_hash
 from ..config.errors import BAD_DATA, NUMERIC, STOPPED, RunError
 from ..data.answers import check_answers
 from ..data.batches import batch_hash, loader
-from ..data.prepare import prepare, reading_lines
+from ..data.prepare import prepare, reading_lines, size_notes
 from ..data.sources import END
 from ..data.tokenizer import load_tokenizer
 from ..data.tokens import TokenData
@@ -285,7 +285,8 @@ def open_records(
     if p.step == 0:
         if answers:
             log(run, "event", event="data", detail=answers)
-        for note in notes_before(run.config, run.readers.size):
+        trained = run.config.train.steps * run.windows * run.config.train.seq_len
+        for note in notes_before(run.config, run.readers.size) + size_notes(run.data, trained):
             log(run, "event", event="note", detail=note)
 
 # %% ../../nbs/train/08_loop.ipynb #1c19da8e
@@ -316,6 +317,8 @@ def begin(
                                             if p.requires_grad))
     runtime, notes = settle_runtime(config, folder, old, world, device)
     runtime = runtime if layout is None else replace(runtime, compile=False)
+    if main and trial:
+        say(trial)
     if old and old.get("world_size", world.size) != world.size:
         notes.append(f"number of processes {world.size} now, {old['world_size']} before: {windows} windows an update as before, "
                      f"{own.grad_accum} x {own.batch_size} a process")
