@@ -47,7 +47,7 @@ FORMER = {
     "runs": "config.errors runs.secrets runs.messages runs.files runs.runs runs.provenance train.checkpoint",
     "evaluate": "train.evaluate",
     "train": "train.distributed train.objective train.checkpoint train.optim "
-    "train.precision train.signals train.launch train.loop train.__main__",
+    "train.precision train.signals train.loop train.progress train.launch train.__main__",
     "convert": "model.decoder experiments.srte_convert",
     "report": "report.table report.bundle report.figure report.curves report.monitors report.verdict report.run",
     "pipeline": "runs.secrets runs.messages report.pipelines report.redact report.result report.page report.index "

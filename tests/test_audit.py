@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from hybrid_nb.config.config import asdict
@@ -131,9 +130,7 @@ def test_reports_are_read_as_they_are(tmp_path):
     result = {"pipeline": "benchmark", "subject": "x", "verdict": "PASS", "headline": {}, "rows": rows}
     other = result | {"pipeline": "other"}
     for name, shown in (("benchmark-x-aaaaaa", result), ("benchmark-x-bbbbbb.FAILED", result), ("other-x-cccccc", other), ("notes", None)):
-        cell = nbformat.v4.new_code_cell("0", execution_count=1)
-        cell.outputs = [nbformat.v4.new_output("display_data", {"application/vnd.hybrid-nb+json": shown})] if shown else []
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+        (tmp_path / f"{name}.json").write_text(json.dumps(shown))
     assert audit.read_measurements(tmp_path) == {"benchmark.half": Measurement(as_span(1.5), "benchmark-x-aaaaaa", "shape t")}
 
 
@@ -144,9 +141,7 @@ def test_the_weightiest_of_several_reports_counts(tmp_path):
         turns["data"] = [[2.0 * factor, 1.9, 0.1]] * rounds
         bundle = {"schema": 1, "kind": "speed", "info": {"config": asdict(get_config("gpt-base"))}, "turns": turns}
         shown = {"pipeline": "qk_speed", "subject": "x", "verdict": "PASS", "headline": {}, "bundle": bundle}
-        cell = nbformat.v4.new_code_cell("0", execution_count=1)
-        cell.outputs = [nbformat.v4.new_output("display_data", {"application/vnd.hybrid-nb+json": shown})]
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+        (tmp_path / f"{name}.json").write_text(json.dumps(shown))
     (found,) = audit.read_measurements(tmp_path).values()
     assert found.report == "qk_speed-x-aaaaaa" and math.isclose(found.span.value, 100 * (2.0 / 1.9 - 1))
 

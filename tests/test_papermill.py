@@ -128,7 +128,7 @@ def test_users_words_in_four_ways_at_once(tmp_path):
     for path in reports:
         nb = nbformat.read(path, 4)
         assert report_problem(nb) is None
-        assert nb.metadata["hybrid_nb"]["result"]["headline"] == {"val_ppl": 3.2, "steps": 3, "flag": False}
+        assert nb.cells[-1].outputs[0].data[RESULT_MIME]["headline"] == {"val_ppl": 3.2, "steps": 3, "flag": False}
         assert nb.metadata["papermill"]["parameters"] == {"model": "large", "flag": False, "fields": "lr=2e-3"}
         assert path.with_suffix(".html").read_text().count("step 2") == 1
         assert str(tmp_path) not in path.read_text()
@@ -195,7 +195,7 @@ def test_an_output_path_changes_nothing_but_the_place(tmp_path):
         nb = nbformat.reads(text, 4)
         assert ended[place][0] == 0 and report_problem(nb) is None, ended[place]
         assert "tk/secret" not in text + ended[place][2] and nb.cells[5].outputs[0].text == "ipc\n"
-        assert nb.metadata["hybrid_nb"]["result"]["headline"]["flag"] is False
+        assert nb.cells[-1].outputs[0].data[RESULT_MIME]["headline"]["flag"] is False
         assert place == "-" or {"out.html", "index.html"} <= {p.name for p in (tmp_path / place).parent.iterdir()}
     assert (tmp_path / "ran").read_text() == "xxx"
 
@@ -307,7 +307,8 @@ def good_report(folder: Path, name: str) -> Path:
     cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[output])
     path = folder / "reports" / f"{name}.ipynb"
     path.parent.mkdir(exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"hybrid_nb": {"result": result}}), path)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    path.with_suffix(".json").write_text(json.dumps({"title": name, "parameters": {}} | result))
     return path
 
 
@@ -350,7 +351,7 @@ def test_a_good_report_survives_a_full_disk(tmp_path):
     code, out, err = end(first)
     assert code == 74 and "\npapermill: cannot publish reports/ours.ipynb: File too large" in err, err
     assert ours.read_bytes() == before and "Traceback" not in err
-    assert sorted(p.name for p in ours.parent.iterdir()) == ["ours.ipynb", "theirs.ipynb"]
+    assert sorted(p.name for p in ours.parent.iterdir()) == ["ours.ipynb", "ours.json", "theirs.ipynb", "theirs.json"]
     assert end(second)[0] != 0
     with pytest.raises(ValueError):
         nbformat.read(theirs, 4)

@@ -57,26 +57,21 @@ def mutate(rng: random.Random, root):
     return root
 
 
-def result_of(nb: dict) -> dict:
-    "Where the result of a report stands."
-    data = [o["data"] for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"] if "data" in o]
-    return next(d for d in data if RESULT_MIME in d)
-
-
 @pytest.mark.parametrize("name", ["train-smoke-bc5d05", "context-foundation-5426c5", "qk_speed-gpt-base-1d3ee3"])
 def test_verify_of_any_shape_is_one_line(tmp_path, name):
-    rng, whole, refused = random.Random(name), (REPORTS / f"{name}.ipynb").read_text(), 0
+    rng, refused = random.Random(name), 0
+    texts = [(REPORTS / f"{name}.{kind}").read_text() for kind in ("ipynb", "json")]
     for _ in range(15):
-        nb = json.loads(whole)
-        data, part = result_of(nb), rng.random()
+        (nb, data), part = map(json.loads, texts), rng.random()
         if part < 0.4:
-            data[RESULT_MIME] = mutate(rng, data[RESULT_MIME])
+            data = mutate(rng, data)
         elif part < 0.8:
-            data[RESULT_MIME]["bundle"] = mutate(rng, data[RESULT_MIME]["bundle"])
+            data["bundle"] = mutate(rng, data["bundle"])
         else:
             nb = mutate(rng, nb)
         path = tmp_path / f"{name}.ipynb"
         path.write_text(json.dumps(nb))
+        path.with_suffix(".json").write_text(json.dumps(data))
         try:
             verify_quick(path)
         except RunError as error:
@@ -86,14 +81,17 @@ def test_verify_of_any_shape_is_one_line(tmp_path, name):
 
 
 def test_verify_in_a_process_is_one_line(tmp_path):
-    nb = json.loads((REPORTS / "train-smoke-bc5d05.ipynb").read_text())
+    nb, data = ((REPORTS / f"train-smoke-bc5d05.{kind}").read_text() for kind in ("ipynb", "json"))
     shapes = {"deep": "[" * 200_000, "bytes": "\udcff", "twice": '{"nbformat": 4, "nbformat": 4}', "number": "9" * 9000}
+    pairs = {name: (text, data) for name, text in shapes.items()} | {f"data-{name}": (nb, text) for name, text in shapes.items()}
     for name, layers in (("huge", 10**9), ("text", "many")):
-        result_of(nb)[RESULT_MIME]["bundle"]["info"]["config"]["model"]["n_layer"] = layers
-        shapes[name] = json.dumps(nb)
-    for name, text in shapes.items():
-        (tmp_path / f"{name}.ipynb").write_bytes(text.encode("utf-8", "surrogateescape"))
-    runs = {name: start([*HNB, "verify", f"{name}.ipynb"], tmp_path) for name in shapes}
+        changed = json.loads(data)
+        changed["bundle"]["info"]["config"]["model"]["n_layer"] = layers
+        pairs[name] = (nb, json.dumps(changed))
+    for name, texts in pairs.items():
+        for kind, text in zip(("ipynb", "json"), texts, strict=True):
+            (tmp_path / f"{name}.{kind}").write_bytes(text.encode("utf-8", "surrogateescape"))
+    runs = {name: start([*HNB, "verify", f"{name}.ipynb"], tmp_path) for name in pairs}
     for name, process in runs.items():
         code, out, err = end(process)
         assert (code, out, err.count("\n")) == (65, "", 1) and "Traceback" not in err, (name, code, err)
@@ -101,7 +99,7 @@ def test_verify_in_a_process_is_one_line(tmp_path):
 
 def test_a_forged_report_is_found_without_hashes(tmp_path):
     def forge(change):
-        for suffix in (".ipynb", ".html"):
+        for suffix in (".ipynb", ".html", ".json"):
             shutil.copy(REPORTS / f"train-smoke-bc5d05{suffix}", tmp_path)
         path = tmp_path / "train-smoke-bc5d05.ipynb"
         nb = nbformat.read(path, 4)
@@ -117,7 +115,7 @@ def test_a_forged_report_is_found_without_hashes(tmp_path):
     changes = {
         "the table of code cell 11": table,
         "code cell 8 shows no picture": lambda nb, cells: [c.update(outputs=[]) for c in cells if "live.draw" in c.source],
-        "the result in the metadata": lambda nb, cells: nb.metadata["hybrid_nb"]["result"].update(verdict="FAIL"),
+        "what the last cell says": lambda nb, cells: cells[-1].outputs[0].data[RESULT_MIME].update(verdict="FAIL"),
         "the parameters": lambda nb, cells: nb.metadata["papermill"].update(parameters={"steps": 9}),
         "the page beside it": lambda nb, cells: nb.cells[0].update(source="# All is well"),
     }
@@ -160,19 +158,20 @@ def test_index_pages_and_readme_take_any_text_as_text(tmp_path):
     for i in range(12):
         stem = hostile(rng).replace("/", "").replace("\x00", "").encode("utf-8", "replace").decode()
         path = good_report(tmp_path, f"{stem}{i}")
-        nb = json.loads(path.read_text())
-        told = {"pipeline": hostile(rng), "subject": hostile(rng), "commit": hostile(rng), "path": "x", "title": "y", "trial": hostile(rng)}
-        nb["metadata"]["hybrid_nb"]["result"] |= told | {"headline": {hostile(rng): hostile(rng)}}
+        nb, data = (json.loads(path.with_suffix(kind).read_text()) for kind in (".ipynb", ".json"))
+        told = {"pipeline": hostile(rng), "subject": hostile(rng), "commit": hostile(rng), "path": "x", "trial": hostile(rng)}
+        data |= told | {"headline": {hostile(rng): hostile(rng)}, "title": hostile(rng)}
         nb["cells"].insert(0, {"cell_type": "markdown", "metadata": {}, "source": f"# {hostile(rng)}", "id": f"c{i}"})
         path.write_text(json.dumps(nb))
-    (folder / "broken.ipynb").write_text("[" * 100_000)
-    (folder / "shape.ipynb").write_text('{"nbformat": 4, "nbformat_minor": 5, "metadata": {"hybrid_nb": 3}, "cells": [5]}')
+        path.with_suffix(".json").write_text(json.dumps(data))
+    (folder / "broken.json").write_text("[" * 100_000)
+    (folder / "shape.json").write_text('{"pipeline": 4, "title": 5, "headline": {"a": []}}')
     page = Elements(write_index(folder).read_text())
     assert (page.tags, page.acts) == (plain.tags, [])
     assert all("%3A" in link or ":" not in link for link in page.links)
     table = Elements(mistune.html(results_table(folder)))
     assert table.tags == Elements(rows).tags and not table.acts
-    told = [json.loads(p.read_text())["metadata"]["hybrid_nb"]["result"] for p in folder.glob("*[0-9].ipynb")]
+    told = [json.loads(p.read_text()) for p in folder.glob("*[0-9].json")]
     assert set(Elements("".join(f"<td>{t['commit'][:7]}</td>" for t in told)).tags) > {"td"}, "the former way lets elements in"
     for path in sorted(folder.glob("*[0-9].ipynb")):
         shown = Elements(export_html(path).read_text())

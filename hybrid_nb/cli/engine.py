@@ -80,7 +80,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
     report = _local_report(output)
     if report is None:
         outcome = execute(nb, kernel_name, echo_to=sys.stderr, **options)
-        done = tidy(nb, parameters, Path.cwd())
+        done, _ = tidy(nb, parameters, Path.cwd())
         problem, code = _judge(done, outcome)
         if problem:
             raise RunError(problem, code)
@@ -92,7 +92,7 @@ def _run(nb, kernel_name: str, output: str | None, options: dict[str, Any]):
         outcome = execute(nb, kernel_name, **options)
         nb.metadata.papermill["duration"] = round(time.monotonic() - start, 1)
         found = shown_result(nb)
-        publish(tidy(nb, parameters, report.parent.parent), report, outcome)
+        publish(*tidy(nb, parameters, report.parent.parent), report, outcome)
     finally:
         claim.release()
     Published(output)

@@ -25,11 +25,11 @@ from typing import Any
 from .engine import _PATHS
 from ..config.errors import BAD_DATA, RunError
 from ..config.override import override
-from ..report.index import read_report, read_result
-from ..report.page import _TAGS, report_page
-from ..report.publish import PARTS, _injected, _small, part_hashes, seal
+from ..report.index import read_report, read_result, report_data
+from ..report.page import _TAGS, notebook_title, report_page
+from ..report.publish import PARTS, _injected, part_hashes, seal
 from ..report.redact import _short, redact_all
-from ..report.result import _SCHEMA, RESULT_MIME, Result, code_cells, shown_result
+from ..report.result import _SCHEMA, RESULT_MIME, Result, code_cells, shown_result, small_result
 from ..runs.files import temporary_folder
 from ..runs.messages import first_line as _line
 from ..runs.provenance import _git, checkout
@@ -161,18 +161,22 @@ def _check_records(nb, result: dict[str, Any]) -> tuple[list[str], str]:
     return wrong + outputs, f"{len(tables)} tables{',' * (not former)} {'and ' * bool(former)}{again}; {told}"
 
 # %% ../../nbs/cli/06_verify.ipynb #29d8e7a6
-def _check_result(nb, result: dict[str, Any]) -> list[str]:
-    "What the metadata or the last cell say beside the result."
+def _check_result(nb, report: Path, data: dict[str, Any]) -> list[str]:
+    "What the metadata or the last cell say beside the data."
+    result = {k: v for k, v in data.items() if k not in ("title", "parameters")}
     details = {k: v for k, v in result.items() if k not in _SCHEMA}
     def unordered(data):  # a notebook file keeps no order of keys
         return {mime: sorted(re.split(", |; |\n", value)) if isinstance(value, str) else value for mime, value in data.items()}
 
-    said = Result(*(result[k] for k in _SCHEMA), **details)._repr_mimebundle_()
+    said = redact_all(Result(*(result[k] for k in _SCHEMA), **details)._repr_mimebundle_())
     outputs = [o.data for o in code_cells(nb)[-1].outputs if RESULT_MIME in o.get("data", {})]
-    about = nb.metadata.get("hybrid_nb")
-    carried = about.get("result") if isinstance(about, dict) else None
-    wrong = [] if [*map(unordered, outputs)] == [unordered(redact_all(said))] else ["what the last cell says of its result"]
-    return wrong + ([] if carried == _small(result) else ["the result in the metadata"])
+    about, making = (nb.metadata.get(k) if isinstance(nb.metadata.get(k), dict) else {} for k in ("hybrid_nb", "papermill"))
+    small, title = small_result(result), {"title": data.get("title"), "parameters": data.get("parameters")}
+    known = [unordered(said), unordered(said | {RESULT_MIME: small})]  # reports of earlier versions hold the records as well
+    wrong = [] if len(outputs) == 1 and unordered(outputs[0]) in known else ["what the last cell says of its result"]
+    wrong += [] if about.get("result", small) == small else ["the result in the metadata"]
+    there = {"title": notebook_title(nb, report.stem), "parameters": making.get("parameters") or {}}
+    return wrong + ([] if title == there else ["its data"])
 
 def _check_parameters(nb) -> list[str]:
     "Whether the cell that papermill put in has the parameters of the metadata."
@@ -236,12 +240,12 @@ class _Seen(html.parser.HTMLParser):
     def handle_data(self, data):
         self.seen += data.split() if self.lasttag != "style" else []
 
-def _check_page(nb, report: Path) -> tuple[list[str], str]:
+def _check_page(nb, report: Path, result: dict[str, Any]) -> tuple[list[str], str]:
     "Whether the page beside a report is that of the notebook."
     path = report.with_suffix(".html")
     if not path.is_file():
         return [], f"no page {path.name} beside it"
-    text, again = path.read_text(encoding="utf-8", errors="replace"), report_page(nb, report)
+    text, again = path.read_text(encoding="utf-8", errors="replace"), report_page(nb, report, result)
     if text == again:
         return [], "its page is made again, equal byte for byte"
     if _Seen(text).seen == _Seen(again).seen:
@@ -299,10 +303,10 @@ def verify_quick(
 ) -> str:  # a line for each thing compared; RunError in one line where something differs
     "Compares what a report shows with its stored records, its pipeline, its page and its hashes."
     report = Path(report)
-    nb = read_report(report)
+    nb, result = read_report(report), report_data(report)
     importlib.import_module("hybrid_nb.report.run")  # PyTorch's libraries do not count as what a file asks for
     with _foreign(report):
-        result, about = shown_result(nb), nb.metadata.get("hybrid_nb")
+        about = nb.metadata.get("hybrid_nb")
         sealed = about.get("sha256") if isinstance(about, dict) else None
         wrong, told = [], []
         if {"bundle", "results"} <= result.keys():
@@ -313,8 +317,8 @@ def verify_quick(
             told = ["it holds times measured on the spot and stores no run: its tables, pictures and verdict are not made again"]
         changed = _broken_seal(nb, report, sealed)
         wrong += [f"not what was published: {', '.join(changed)}"] if changed else []
-        for differ, line in ((_check_result(nb, result), ""), (_check_parameters(nb), ""),
-                             _check_writing(nb, result), _check_page(nb, report)):
+        for differ, line in ((_check_result(nb, report, result), ""), (_check_parameters(nb), ""),
+                             _check_writing(nb, result), _check_page(nb, report, result)):
             wrong, told = wrong + differ, told + [line] * bool(line)
     if wrong:
         raise RunError(f"{report}: {_short('; '.join(wrong))}", BAD_DATA)
@@ -325,11 +329,13 @@ def _broken_seal(nb, report: Path, sealed: Any) -> list[str]:
     "The parts that do not have the hashes of a seal."
     if sealed is None:
         return []
-    page = report.with_suffix(".html")
-    parts = part_hashes(nb, page.read_bytes() if page.is_file() else None)
+    page, data = report.with_suffix(".html"), report.with_suffix(".json")
+    parts = part_hashes(nb, page.read_bytes() if page.is_file() else None, data.read_bytes())
     if not isinstance(sealed, dict) or sealed != seal({k: v for k, v in sealed.items() if k != "all"}):
         return ["the hashes themselves"]
-    return [name for name in PARTS if sealed.get(name) != parts[name] and (name != "page" or page.is_file())]
+    earlier = "data" not in sealed and "bundle" in (shown_result(nb) or {})  # its notebook holds the records, and has their hash
+    absent = [name for name, gone in (("page", not page.is_file()), ("data", earlier)) if gone]
+    return [name for name in PARTS if name not in absent and sealed.get(name) != parts[name]]
 
 # %% ../../nbs/cli/06_verify.ipynb #54c9ff2f
 LOSS_TOLERANCE = 1e-4  # nats

@@ -129,8 +129,8 @@ def size_notes(
     "What a user may not expect of a text that is small for its training, a line each."
     notes, passes = [], trained / max(1, tokens.train_tokens)
     if tokens.train_tokens < tokens.valid_tokens:
-        notes.append(f"the training split has {tokens.train_tokens:,} tokens and validation {tokens.valid_tokens:,}: a text of few documents "
-                     "splits badly by their hash; cut it into more documents, or give train.txt and valid.txt")
+        notes.append(f"the training split has {tokens.train_tokens:,} tokens and validation {tokens.valid_tokens:,}: a text of few "
+                     "documents splits badly by their hash; cut it into more documents, or give train.txt and valid.txt")
     if passes > MOST_PASSES and tokens.source != "grammar":
         notes.append(f"training reads its {tokens.train_tokens:,} tokens {passes:,.0f} times: the model will know them by heart, and the "
                      "validation loss rises; give more text, or fewer train.steps")

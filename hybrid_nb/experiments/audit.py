@@ -26,7 +26,6 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nbformat
 import numpy as np
 import torch
 from IPython.display import Markdown
@@ -37,7 +36,7 @@ from ..account.flops import flops_per_token, run_seconds, run_tokens
 from ..account.memory import GIB, GPUS, document_memory, memory, total_memory
 from ..account.params import active_params, count_params
 from ..config.config import Config, DistillConfig
-from ..config.errors import BAD_DATA, ConfigError, RunError, closest
+from ..config.errors import ConfigError, closest
 from ..config.presets import get_config
 from . import context, foundation, projector, qk_freeze
 from . import dense as dense_module
@@ -50,7 +49,7 @@ from ..model.srte import SRTE, sincos_frequencies
 from ..report.bundle import as_results, check_bundle
 from ..report.curves import LEVELS
 from ..report.figure import BLUE, GREY, RED, Picture
-from ..report.result import report_problem, shown_result
+from ..report.index import read_reports
 from ..report.table import Table
 from ..study.stats import t_interval
 from ..study.study import stored_study
@@ -909,13 +908,9 @@ def _weight(result: dict[str, Any]) -> tuple[int, int]:
 
 def _results(folder: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     "Name and result of each report of a folder."
-    for path in sorted(folder.glob("*.ipynb")):
-        try:
-            nb = nbformat.read(path, as_version=4)
-        except ValueError as error:
-            raise RunError(f"{path.name} is no notebook: {str(error).splitlines()[0]}", BAD_DATA) from None
-        if report_problem(nb) is None and not path.stem.endswith(".FAILED"):
-            yield path.stem, shown_result(nb)
+    for row in read_reports(folder):
+        if row["verdict"] != "FAILED":
+            yield row["path"].stem, row
 
 def read_measurements(
     folder: str | Path,  # of reports; one that is missing holds none

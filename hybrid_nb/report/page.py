@@ -147,12 +147,6 @@ def notebook_title(
     return next((m[1].strip() for m in found if m), default)
 
 # %% ../../nbs/report/11_page.ipynb #04a70237
-def _result(nb) -> dict[str, Any] | None:
-    "The result that a notebook carries; None where there is none, or none that could be read."
-    about = nb.metadata.get("hybrid_nb")
-    result = about.get("result") if isinstance(about, dict) else None
-    return result if result_problem(result) is None else None
-
 _REASONS = 15  # shown at the head of a page; of a verdict with more, its numbers
 
 _MOODS = {HEALTHY: "PASS", "diverged": "FAIL", "failed": "FAIL", "alarms": "FAIL"}  # of a run's words: whose colour
@@ -161,20 +155,18 @@ def _badge(verdict: str) -> str:
     "A verdict as HTML."
     return f'<span class="{_MOODS.get(verdict, verdict.split()[0])}">{html.escape(verdict)}</span>'
 
-def _because(nb) -> list[str]:
-    "The reasons that the last cell gives."
-    shown = shown_result(nb)
-    results = shown.get("results") if isinstance(shown, dict) else None
+def _because(result: dict[str, Any]) -> list[str]:
+    "The reasons that a result gives."
+    results = result.get("results")
     because = results.get("because") if isinstance(results, dict) else None
     return [str(text) for text in because] if isinstance(because, list) else []
 
-def _head(nb) -> str:
-    "The verdict of a report and its reasons or numbers as HTML; empty for a notebook that holds no result."
-    result = _result(nb)
-    if result is None:
+def _head(result: Any) -> str:
+    "A verdict and its reasons or numbers as HTML; empty for what is no result."
+    if result_problem(result):
         return ""
     verdict, numbers = result["verdict"], {k: _number_text(v) for k, v in result["headline"].items() if v is not None}
-    because = _because(nb)
+    because = _because(result)
     if 0 < len(because) <= _REASONS:
         rows = "<dt>because</dt>" + "".join(f"<dd>{html.escape(text)}</dd>" for text in because)
     else:
@@ -184,12 +176,13 @@ def _head(nb) -> str:
 def report_page(
     nb,  # executed
     nb_path: Path,  # where it stands
+    result: Any = None,  # of the report; None: what the notebook shows of it
 ) -> str:
     "A notebook as one HTML page without scripts and addresses, the verdict of a report under its title."
-    nb = redact_all(nb, nb_path.absolute().parent.parent)
+    nb, result = redact_all([nb, shown_result(nb) if result is None else result], nb_path.absolute().parent.parent)
     links = f'<nav><a href="index.html">all reports</a> &middot; <a href="{_address(nb_path.name)}">notebook</a></nav>'
     title, rest, body = harmless(_body(nb)).partition("</h1>")
-    body = f"{title}{rest}\n{_head(nb)}\n{body}" if rest else f"{_head(nb)}\n{title}"
+    body = f"{title}{rest}\n{_head(result)}\n{body}" if rest else f"{_head(result)}\n{title}"
     return page(notebook_title(nb, nb_path.stem), f"{links}\n{body}")
 
 def export_html(

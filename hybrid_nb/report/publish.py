@@ -15,10 +15,10 @@ from typing import Any
 
 from ..config.errors import BAD_DATA, STOPPED, RunError
 from .index import write_index
-from .page import report_page
+from .page import notebook_title, report_page
 from .pipelines import opt_in
 from .redact import redact_all
-from .result import RESULT_MIME, notebook_text, report_problem, run_info, shown_result
+from .result import RESULT_MIME, notebook_text, report_problem, run_info, shown_result, small_result
 from ..runs.files import io_errors, replace_file
 from ..runs.messages import _shown
 from ..runs.messages import first_line as _line
@@ -31,35 +31,30 @@ class Outcome:
     exit_code: int = 0
 
 # %% ../../nbs/report/13_publish.ipynb #688ef6ce
-def _small(result: Any) -> Any:
-    "A result for the metadata: no records, but whether the run was a trial."
-    if not isinstance(result, dict):
-        return None
-    small = {k: v for k, v in result.items() if k == "headline" or not isinstance(v, dict | list)}
-    return small | {k: v for k, v in run_info(result).items() if k in ("status", "trial")}
-
 def tidy(
     nb,  # executed
     parameters: dict[str, Any],  # as injected
     root: Path,  # the project's folder
-):
-    "A copy of an executed notebook as it is published."
+) -> tuple[Any, Any]:  # notebook node, and the result that it showed; None where it showed none
+    "An executed notebook as it is published, and apart from it the records that it was made from."
     nb = redact_all(nb, root)
     old = nb.metadata.get("papermill", {})
     making = {k: old[k] for k in ("version", "duration") if old.get(k)}
     nb.metadata["papermill"] = {"parameters": redact_all(parameters, root)} | making
-    about = nb.metadata.get("hybrid_nb") or opt_in(nb) or {}
-    nb.metadata["hybrid_nb"] = dict(about) | {"result": _small(shown_result(nb))}
+    nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or opt_in(nb) or {})
+    result = shown_result(nb)
     for cell in nb.cells:
         cell.metadata = {k: cell.metadata[k] for k in ("tags", "jupyter") if cell.metadata.get(k)}  # the latter of --report-mode
         for output in (o for o in cell.get("outputs", []) if o.get("name") == "stderr"):
             output.text = re.sub(r"(?m)^.*\d%\|.*\n?", "", output.text)  # bars of progress, as they stood
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
-    return nb
+        for output in (o for o in cell.get("outputs", []) if RESULT_MIME in o.get("data", {})):
+            output.data[RESULT_MIME] = small_result(output.data[RESULT_MIME])
+    return nb, result
 
 # %% ../../nbs/report/13_publish.ipynb #17f0c3be
-PARTS = ("prose", "code", "parameters", "tables", "figures", "text", "result", "metadata", "page")
+PARTS = ("prose", "code", "parameters", "tables", "figures", "text", "result", "metadata", "page", "data")
 _PART_OF = {"text/html": "tables", RESULT_MIME: "result"}  # by mime type; images are figures, and the rest is text
 
 def _digest(value: Any) -> str:
@@ -68,8 +63,9 @@ def _digest(value: Any) -> str:
 def part_hashes(
     nb,
     page: bytes | None = None,  # the HTML beside it
+    data: bytes | None = None,  # the JSON beside it
 ) -> dict[str, str]:  # by part
-    "SHA-256 of everything that a notebook holds, part by part."
+    "SHA-256 of everything that a notebook holds, part by part, and of the files beside it."
     rest = json.loads(json.dumps(nb))
     parts, meta = {name: [] for name in PARTS}, rest["metadata"]
     about, making = (value if isinstance(value, dict) else {} for value in (meta.get("hybrid_nb"), meta.get("papermill")))
@@ -81,10 +77,11 @@ def part_hashes(
         parts[kind].append([i, cell.pop("source")])
         for j, output in enumerate(cell.get("outputs", [])):
             parts["text"].append([i, j, output.pop("text", None)])
-            for mime, data in output.pop("data", {}).items():
+            for mime, shown in output.pop("data", {}).items():
                 part = "figures" if mime.startswith("image/") else _PART_OF.get(mime, "text")
-                parts[part].append([i, j, mime, data])
-    parts |= {"metadata": rest, "page": page and hashlib.sha256(page).hexdigest()}
+                parts[part].append([i, j, mime, shown])
+    files = {name: text and hashlib.sha256(text).hexdigest() for name, text in (("page", page), ("data", data))}
+    parts |= {"metadata": rest} | files
     return {name: _digest(value) for name, value in parts.items()}
 
 def _injected(cell: dict) -> bool:
@@ -96,15 +93,20 @@ def seal(parts: dict[str, str]) -> dict[str, str]:
     return parts | {"all": _digest(parts)}
 
 # %% ../../nbs/report/13_publish.ipynb #c820adf9
-def _publish_failed(text: str, report: Path, problem: str, code: int):
+def _publish_failed(text: str, report: Path, title: str, problem: str, code: int):
     "Keeps what was made, beside the report's place, and raises the one line that says why."
     failed = report.with_name(f"{report.stem}.FAILED.ipynb")
     try:
         replace_file(failed, text.encode())
+        replace_file(failed.with_suffix(".json"), _data_text({"title": title, "verdict": "FAILED", "because": problem}))
         write_index(report.parent)
     except (OSError, RunError) as error:
         raise RunError(f"{problem}; and no notebook was written: {_line(error)}", code) from None
     raise RunError(f"{problem}; see {_shown(failed)}", code)
+
+def _data_text(data: dict[str, Any]) -> bytes:
+    "The data of a report as a JSON file; ValueError where it holds NaN or infinity."
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
 
 def _judge(nb, outcome: Outcome) -> tuple[str | None, int]:
     "Why an executed notebook is not published, if it is not, and the exit code that says so."
@@ -115,14 +117,15 @@ def _failures(report: Path) -> list[Path]:
     "FAILED notebooks of a report, and of one that was named by its parameters those of any number."
     base = re.sub(r"(-[0-9a-f]{6})-\d{1,3}$", r"\1", report.stem)
     number = r"(-\d{1,3})?" if re.search(r"-[0-9a-f]{6}$", base) else ""
-    return [p for p in report.parent.glob(f"{base}*") if re.fullmatch(rf"{re.escape(base)}{number}\.FAILED\.ipynb", p.name)]
+    return [p for p in report.parent.glob(f"{base}*") if re.fullmatch(rf"{re.escape(base)}{number}\.FAILED\.(ipynb|json)", p.name)]
 
 def publish(
     nb,  # tidy
+    result: Any,  # that it showed, with its records
     report: Path,  # where to
     outcome: Outcome,  # of the execution
 ) -> Path:  # the report; RunError where the notebook is none
-    "Moves a good notebook into its place, with its page and the index; any other goes beside it as FAILED."
+    "Moves a good notebook into its place, with its page, its data and the index; any other goes beside it as FAILED."
     import nbformat
 
     problem, code = _judge(nb, outcome)
@@ -130,15 +133,17 @@ def publish(
         text = notebook_text(nb)
     except RunError as error:
         problem, text = problem or str(error), nbformat.writes(nb)
+    title, parameters = notebook_title(nb, report.stem), (nb.metadata.get("papermill") or {}).get("parameters") or {}
     if problem:
-        _publish_failed(text, report, problem, code)
-    nb = nbformat.reads(text, as_version=4)
-    page = report_page(nb, report).encode()
-    nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or {}) | {"sha256": seal(part_hashes(nb, page))}
+        _publish_failed(text, report, title, problem, code)
+    nb, data = nbformat.reads(text, as_version=4), _data_text({"title": title, "parameters": parameters} | result)
+    page = report_page(nb, report, result).encode()
+    nb.metadata["hybrid_nb"] = dict(nb.metadata.get("hybrid_nb") or {}) | {"sha256": seal(part_hashes(nb, page, data))}
     with io_errors(f"cannot publish {_shown(report)}"):
         replace_file(report, notebook_text(nb).encode())
         for failed in _failures(report):
             failed.unlink(missing_ok=True)
         replace_file(report.with_suffix(".html"), page)
+        replace_file(report.with_suffix(".json"), data)
     write_index(report.parent)
     return report

@@ -29,7 +29,7 @@ from .table import Table
 from .verdict import SUMMARY, verdict, verdict_table, way_percent
 from ..runs.provenance import in_checkout
 from ..runs.runs import check_name, load_run, run_name
-from ..train.__main__ import ProgressLines
+from ..train.progress import ProgressLines
 
 # %% ../../nbs/report/07_run.ipynb #48de6558
 def config_table(config: Config) -> Table:

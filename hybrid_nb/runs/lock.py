@@ -6,14 +6,12 @@
 __all__ = ['lock_marker', 'take_lock', 'is_held', 'lock_held']
 
 # %% ../../nbs/runs/01_lock.ipynb #0c0aaaad
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from filelock import BaseFileLock
-from filelock import FileLock
-from filelock import SoftFileLock
-from filelock import Timeout
 from pathlib import Path
-import errno
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 # %% ../../nbs/runs/01_lock.ipynb #5a0c1e06
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}

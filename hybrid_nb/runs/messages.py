@@ -6,17 +6,18 @@
 __all__ = ['silence', 'say', 'first_line', 'foreseen', 'last_words', 'Parser']
 
 # %% ../../nbs/runs/03_messages.ipynb #3220857c
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 import argparse
 import os
 import re
 import sys
 import tempfile
 import traceback
-from ..config.errors import BAD_DATA, IO, NUMERIC, RunError, STOPPED
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..config.errors import BAD_DATA, IO, NUMERIC, STOPPED, RunError
 
 # %% ../../nbs/runs/03_messages.ipynb #34b70d83
 _MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.I)

@@ -6,15 +6,16 @@
 __all__ = ['checkout', 'is_checkout', 'in_checkout', 'code_state', 'lock_hash', 'versions', 'machine']
 
 # %% ../../nbs/runs/06_provenance.ipynb #08a3644f
-from importlib import metadata
-from pathlib import Path
-from typing import Any
 import hashlib
-import hybrid_nb
 import os
 import platform
 import re
 import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hybrid_nb
 from ..config.yaml import shipped
 from .files import sha256_file
 

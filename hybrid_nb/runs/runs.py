@@ -7,14 +7,15 @@ __all__ = ['HEALTHY', 'HEALTH', 'check_name', 'run_name', 'append_record', 'read
            'claim_folder']
 
 # %% ../../nbs/runs/05_runs.ipynb #f02d7413
-from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
 import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
 from ..config.config import Config, asdict, config_hash
 from ..config.errors import BAD_DATA, RunError
 from ..config.presets import from_dict

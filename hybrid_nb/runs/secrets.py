@@ -6,14 +6,14 @@
 __all__ = ['SECRET_FORMS', 'secret_values', 'hide_secrets', 'scrub', 'redact']
 
 # %% ../../nbs/runs/02_secrets.ipynb #7c2e2aa3
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 import base64
 import functools
 import os
 import re
 import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 # %% ../../nbs/runs/02_secrets.ipynb #2c8b64fd
 _SECRET_NAME = re.compile(

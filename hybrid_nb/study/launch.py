@@ -170,7 +170,7 @@ def report_path(
 def has_report(folder: Path) -> bool:
     "Whether the report of a run is of the run as it is."
     try:
-        told = read_result(report_path(folder))["bundle"]["info"]
+        told = read_result(report_path(folder))["bundle"]["info"]  # written last: notebook and page are there
     except RunError:
         return False
     now = run_bundle(load_run(folder))["info"]

@@ -26,8 +26,8 @@ from .launch import STARTERS, _side_by_side, has_report
 from .stats import ALPHA, MARGIN
 from .study import Entry, Study, _plan, freeze
 from .trials import Arm, Trial, _reread, trials
-from ..train.__main__ import progress_line
 from ..train.launch import train
+from ..train.progress import progress_line
 from ..train.signals import stop_requests
 
 # %% ../../nbs/study/08_run.ipynb #8ea46733
