@@ -910,7 +910,7 @@ def _results(folder: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     "Name and result of each report of a folder."
     for row in read_reports(folder):
         if row["verdict"] != "FAILED":
-            yield row["path"].stem, row
+            yield row.pop("path").stem, row
 
 def read_measurements(
     folder: str | Path,  # of reports; one that is missing holds none
