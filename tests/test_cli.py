@@ -134,7 +134,7 @@ def test_a_kill_leaves_nothing_that_stays(tmp_path):
     path = tiny(tmp_path / "pipelines" / "train.ipynb")
     code, out, err = end(start([*HNB, "run", path, "--output", "reports/mine.ipynb"], tmp_path, env=env))
     assert code == 0, err
-    assert sorted(p.name for p in (tmp_path / "reports").iterdir()) == ["index.html", "mine.html", "mine.ipynb"]
+    assert sorted(p.name for p in (tmp_path / "reports").iterdir()) == ["index.html", "mine.html", "mine.ipynb", "mine.json"]
     assert list((tmp_path / "tmp").glob("hnb-*")) == []
 
 
@@ -153,7 +153,7 @@ def test_two_equal_commands_at_once_leave_one_report(tmp_path):
     ended = sorted(end(process) for process in [start([*PAPERMILL, "pipelines/train.ipynb"], tmp_path) for _ in range(2)])
     assert [code for code, *_ in ended] == [0, 64] and "is in use by process" in ended[1][2], ended
     kinds = sorted(p.suffix for p in (tmp_path / "reports").iterdir())
-    assert kinds == [".html", ".html", ".ipynb"], list((tmp_path / "reports").iterdir())
+    assert kinds == [".html", ".html", ".ipynb", ".json"], list((tmp_path / "reports").iterdir())
 
 
 def test_a_report_that_another_process_makes(tmp_path):
