@@ -98,7 +98,7 @@ os.rename = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if "tokens" in str
 
 @pytest.mark.parametrize("when", KILL)
 def test_killed_writer_leaves_no_data(tmp_path, clean, when):
-    killed = start(KILL[when] + "data.prepare(SMALL, 400, 64, sys.argv[1])", tmp_path)
+    killed = start(KILL[when] + "prepare.prepare(SMALL, 400, 64, sys.argv[1])", tmp_path)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert list(tmp_path.glob(".tmp-tokens-*")), "it was killed while it wrote"
@@ -138,7 +138,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     "The negative control holds the text and its tokens as a whole; ru_maxrss would begin at the peak of this process."
     text = "\n<|endoftext|>\n".join(s.text for s in generate(4000))
     bpe = prepare(DataConfig(grammar_stories=300, bpe_vocab=1000), 1000, 64, tmp_path / "bpe").folder
-    prepared = "data.prepare(DataConfig(source=sys.argv[1], tokenizer=sys.argv[2]), 1000, 64, sys.argv[3])"
+    prepared = "prepare.prepare(DataConfig(source=sys.argv[1], tokenizer=sys.argv[2]), 1000, 64, sys.argv[3])"
     whole = "[e.ids for e in tokenizer.load_tokenizer(sys.argv[2]).encode_batch(open(sys.argv[1]).read().split(sources.END))]"
     grown = {}
     for way, copies in ((prepared, 1), (prepared, 4), (whole, 4)):
