@@ -42,18 +42,6 @@ def tree(source: str) -> ast.Module:
     return ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))))
 
 
-def imported(node: ast.AST) -> set[str]:
-    "The modules of this package that the code imports, without the name of the package."
-    names = set()
-    for child in ast.walk(node):
-        if isinstance(child, ast.ImportFrom) and (child.module or "").startswith("hybrid_nb."):
-            module = child.module.removeprefix("hybrid_nb.")
-            names |= {module} if module in PLACE else {f"{module}.{alias.name}" for alias in child.names}
-        elif isinstance(child, ast.Import):
-            names |= {a.name.removeprefix("hybrid_nb.") for a in child.names if a.name.startswith("hybrid_nb.")}
-    return names
-
-
 def mixes_imports(source: str) -> bool:
     "True where a cell imports at its top level and does something else as well."
     body = tree(source).body
@@ -82,13 +70,6 @@ def test_every_module_has_a_notebook():
     files = [p.relative_to(ROOT / "hybrid_nb") for p in (ROOT / "hybrid_nb").rglob("*.py") if p.read_text().strip()]
     modules = {".".join(p.with_suffix("").parts) for p in files} - {"_modidx"}
     assert modules == set(PLACE)
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
-def test_nothing_imports_a_higher_number(path):
-    for cell in code_cells(path):
-        for name in imported(tree(cell["source"])):
-            assert PLACE[name] <= PLACE[module_of(path)], f"{path.stem} imports {name}"
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
