@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,8 @@ import pytest
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import hybrid_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("config", "runs", "data", "model", "account", "train", "report", "study", "experiments", "cli")
@@ -128,6 +131,11 @@ def test_importing_is_quick_and_leaves_torch_alone():
         assert min(times) < seconds, f"import {module} takes {min(times):.2f} s"
 
 
+def project() -> dict:
+    "The metadata of the package."
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def settings() -> configparser.SectionProxy:
     "The one section of settings.ini."
     ini = configparser.ConfigParser(delimiters=["="])
@@ -139,10 +147,10 @@ def test_every_requirement_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert lines == sorted(lines) and all(re.fullmatch(r"[a-z0-9._-]+==[\w.]+", line) for line in lines)
     pins = dict(line.split("==") for line in lines)
-    for key in ("requirements", "dev_requirements", "hub_requirements"):
-        for requirement in map(Requirement, settings()[key].split()):
-            pinned = pins[canonicalize_name(requirement.name)]
-            assert requirement.specifier.contains(pinned), f"{requirement} excludes the pinned {pinned}"
+    needs = [*project()["dependencies"], *(r for extra in project()["optional-dependencies"].values() for r in extra)]
+    for requirement in map(Requirement, needs):
+        pinned = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pinned), f"{requirement} excludes the pinned {pinned}"
 
 
 def test_known_holes_are_excluded():
@@ -154,7 +162,9 @@ def test_known_holes_are_excluded():
 def test_metadata_of_the_package():
     from importlib.metadata import entry_points, version
 
-    assert version("hybrid-nb") == settings()["version"]
+    assert version("hybrid-nb") == settings()["version"] == hybrid_nb.__version__
+    assert (settings()["repo"], settings()["git_url"]) == (project()["name"], project()["urls"]["Repository"])
+    assert not settings().keys() & {"requirements", "min_python", "description", "author", "console_scripts"}
     assert [e.value for e in entry_points(group="papermill.engine", name="hybrid_nb")] == [
         "hybrid_nb.cli.engine:HybridEngine"
     ]
