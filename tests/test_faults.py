@@ -22,7 +22,7 @@ from driver import ENV, KILLS, Process, events, one_thread, result, start, tiny,
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hybrid_nb.cli.main import sample_run
+from hybrid_nb.cli.sample import sample_run
 from hybrid_nb.config import errors
 from hybrid_nb.config.config import Config, to_yaml
 from hybrid_nb.config.errors import RunError

@@ -17,7 +17,7 @@ from driver import one_thread, result, start, tiny, tiny_hybrid
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hybrid_nb.cli.main import sample_run
+from hybrid_nb.cli.sample import sample_run
 from hybrid_nb.config.config import Config, FinetuneConfig, to_yaml
 from hybrid_nb.config.errors import ConfigError, DataError, RunError
 from hybrid_nb.config.override import override

@@ -65,7 +65,7 @@ def carried(root: Path) -> set[str]:
 
 def test_a_wheel_carries_modules_pipelines_and_parameters(root, wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {f"hybrid_nb/{p.name}" for p in (root / "hybrid_nb").glob("*.py")}
+    modules = {p.relative_to(root).as_posix() for p in (root / "hybrid_nb").rglob("*.py")}
     assert names == modules | {f"hybrid_nb/{name}" for name in carried(root)}
 
 
@@ -123,4 +123,5 @@ def test_a_run_in_an_empty_folder(installed):
     run([*map(str, (sys.executable, "-m", "papermill")), "pipelines/train.ipynb", *SMALL, "-p", "seed", "3"], folder, env)
     assert len(list(report.parent.glob("train-smoke-*.ipynb"))) == 2
     assert str(folder.parent) not in report.read_text()
-    assert not [p for p in (folder.parent / "env" / "hybrid_nb").iterdir() if p.name in ("runs", "reports")]
+    package = folder.parent / "env" / "hybrid_nb"
+    assert not [p for p in package.glob("runs/*") if p.suffix != ".py" and p.name != "__pycache__"] and not (package / "reports").exists()
