@@ -49,8 +49,9 @@ from ..model.srte import SRTE, sincos_frequencies
 from ..report.bundle import as_results, check_bundle
 from ..report.curves import LEVELS
 from ..report.figure import BLUE, GREY, RED, Picture
-from ..report.index import read_reports
+from ..report.result import result_problem
 from ..report.table import Table
+from ..runs.files import read_json
 from ..study.stats import t_interval
 from ..study.study import stored_study
 from ..study.tables import part_params
@@ -908,9 +909,10 @@ def _weight(result: dict[str, Any]) -> tuple[int, int]:
 
 def _results(folder: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     "Name and result of each report of a folder."
-    for row in read_reports(folder):
-        if row["verdict"] != "FAILED":
-            yield row.pop("path").stem, row
+    for path in sorted(folder.glob("*.json")):
+        data = read_json(path, strict=True)
+        if result_problem(data) is None and not path.stem.endswith(".FAILED"):
+            yield path.stem, data
 
 def read_measurements(
     folder: str | Path,  # of reports; one that is missing holds none
