@@ -227,14 +227,14 @@ DIVIDED = get_config("smoke", {
     "grad_accum": 1})
 
 
-def one_update(mode: str, world: distributed.World, rank: int, what: str) -> str | None:  # None: there is no such weight
+def one_update(mode: str, world: distributed.ProcessGroup, rank: int, what: str) -> str | None:  # None: there is no such weight
     "What an update ends in when one rank has NaN in the gradient of a kind of weight, or its loss is infinite."
     from hybrid_nb.experiments.parallel import trial_batch  # takes seconds to import
-    from hybrid_nb.train.parallel import Layout
+    from hybrid_nb.train.parallel import ParallelStrategy
 
     torch.manual_seed(0)
     model = make_decoder(DIVIDED.model)
-    layout = Layout(mode, DIVIDED, world, torch.device("cpu"))
+    layout = ParallelStrategy(mode, DIVIDED, world, torch.device("cpu"))
     net, optimizer = layout.shard(model, DIVIDED.train)
     chosen = [p for p in model.parameters() if p.requires_grad and hasattr(p, "full_tensor") is (what == "sharded")]
     if not chosen and what in ("whole", "sharded"):
@@ -274,8 +274,8 @@ def one_rank_sees(folder: str):
         world, _ = distributed.join_world("cpu")
         found = {f"{mode} {what} {rank}": one_update(mode, world, rank, what)
                  for mode in layout.MODES for what in ("whole", "sharded", "loss", "nothing") for rank in (0, 1)}
-        real = distributed.World.reduce
-        distributed.World.reduce = lambda self, t: t if self.copies > 1 else real(self, t)
+        real = distributed.ProcessGroup.reduce
+        distributed.ProcessGroup.reduce = lambda self, t: t if self.copies > 1 else real(self, t)
         found["naive"] = one_update("tp2", world, 1, "whole")
         Path(f"{folder}/saw-{world.rank}.json").write_text(json.dumps(found))
         torch.distributed.barrier()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from test_papermill import LOOP, PAPERMILL, SHOW, TRAIN, end, good_report, start, tiny
 
-from hybrid_nb.cli.command import Claim
+from hybrid_nb.cli.command import OutputLock
 
 HNB = [str(Path(sys.executable).parent / "hnb")]
 
@@ -158,7 +158,7 @@ def test_two_equal_commands_at_once_leave_one_report(tmp_path):
 
 def test_a_report_that_another_process_makes(tmp_path):
     path, output = tiny(tmp_path / "pipelines" / "train.ipynb"), tmp_path / "elsewhere" / "mine.ipynb"
-    claim = Claim(output)
+    claim = OutputLock(output)
     code, out, err = hnb(tmp_path, "run", path, "--output", output)
     assert (code, out, err) == (64, "", "hnb: another process is making mine.ipynb\n")
     claim.release()

@@ -326,7 +326,7 @@ def test_a_fuzzed_set_of_parameters_is_a_plan_or_one_line():
 
 
 def test_a_fuzzed_set_of_parameters_is_admitted_or_one_line():
-    from hybrid_nb.cli.parameters import admit
+    from hybrid_nb.cli.parameters import cast_parameters
     from hybrid_nb.report.pipelines import declared
 
     rng = random.Random(4)
@@ -335,7 +335,7 @@ def test_a_fuzzed_set_of_parameters_is_admitted_or_one_line():
         parameters = declared(types.SimpleNamespace(cells=cells))
         for _ in range(4 * MORE):
             values = parameter_set(rng, [*parameters, "freeze_qk", "max_steps", "hidden_dim"])
-            line_of(lambda values=values, parameters=parameters: json.dumps(admit(parameters, values)))
+            line_of(lambda values=values, parameters=parameters: json.dumps(cast_parameters(parameters, values)))
 
 
 def test_fuzzed_constructors_are_records_or_one_line():

@@ -30,7 +30,7 @@ from hybrid_nb.train import checkpoint, loop
 from hybrid_nb.train.checkpoint import checkpoints, read_checkpoint, tensor_hash
 from hybrid_nb.train.distill import Distillation
 from hybrid_nb.train.launch import train
-from hybrid_nb.train.teacher import Reader, as_teacher, extract, load_teacher, relative_distance, token_rows
+from hybrid_nb.train.teacher import KVExtractor, as_teacher, extract, load_teacher, relative_distance, token_rows
 
 SHAPES = dict(num_attention_heads=6, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64)
 
@@ -109,7 +109,7 @@ def interrupted(config: Config, folder: Path, cache: Path, step: int):
 
 
 def lost_projector(patch):
-    real = checkpoint._unpack
+    real = checkpoint.load_training_state_dict
     patch.setattr(Distillation, "load_state_dict", lambda self, state: None)
     patch.setattr(loop, "_unpack", lambda groups, model, optimizer: isinstance(model, Distillation) or real(groups, model, optimizer))
 
@@ -249,12 +249,12 @@ def test_code_of_a_model_is_never_run(tmp_path, teachers):
 def test_precision_and_padding(teachers):
     torch.manual_seed(0)
     ids = torch.randint(300, (2, 16))
-    exact, half = (Reader(load_teacher(teachers / "llama", p))(ids) for p in ("fp32", "bf16"))
+    exact, half = (KVExtractor(load_teacher(teachers / "llama", p))(ids) for p in ("fp32", "bf16"))
     assert half[0][0].dtype == torch.bfloat16
     for (k, v), (k_half, v_half) in zip(exact, half, strict=True):
         assert float((k - k_half.float()).norm() / k.norm()) < 0.03 and float((v - v_half.float()).norm() / v.norm()) < 0.03
     padded = torch.cat([ids, torch.full((2, 5), -100)], 1)
-    for (k, _), (k_padded, _) in zip(exact, Reader(load_teacher(teachers / "llama"))(padded), strict=True):
+    for (k, _), (k_padded, _) in zip(exact, KVExtractor(load_teacher(teachers / "llama"))(padded), strict=True):
         assert torch.allclose(k, k_padded[:, :16], atol=1e-5) and not k_padded[:, 16:].any()
 
 
@@ -346,9 +346,9 @@ def test_keys_are_those_of_the_models_own_cache(name, tmp_path):
     family(FAMILIES[name][0]).save_pretrained(tmp_path / name)
     teacher = load_teacher(tmp_path / name)
     wanted = undone(teacher.model, name, rows)
-    padded = [[x[:, :19] for x in pair] for pair in Reader(teacher)(torch.cat([rows, torch.full((2, 4), -100)], 1))]
+    padded = [[x[:, :19] for x in pair] for pair in KVExtractor(teacher)(torch.cat([rows, torch.full((2, 4), -100)], 1))]
     kept = extract(teacher, token_rows(rows), tmp_path / "kv", precision="fp32").read([0, 1])
-    for read in (Reader(teacher)(rows), padded, kept):
+    for read in (KVExtractor(teacher)(rows), padded, kept):
         for role in (0, 1):
             assert farthest([pair[role] for pair in read], [pair[role] for pair in wanted]) < 1e-5
     if naive := by_name(teacher.model, rows):
@@ -360,7 +360,7 @@ def test_keys_are_those_of_the_models_own_cache(name, tmp_path):
 def test_keys_in_half_precision(name, precision, tmp_path):
     rows = torch.randint(1, 300, (2, 19), generator=torch.Generator().manual_seed(3))
     family(FAMILIES[name][0]).save_pretrained(tmp_path / name)
-    exact, half = (Reader(load_teacher(tmp_path / name, p)) for p in ("fp32", precision))
+    exact, half = (KVExtractor(load_teacher(tmp_path / name, p)) for p in ("fp32", precision))
     assert str(half.way) == str(exact.way)
     assert farthest([k for k, _ in half(rows)], [k for k, _ in exact(rows)]) < 0.05
 
@@ -370,7 +370,7 @@ def test_keys_that_no_way_reads_are_refused_with_both_numbers():
     heads = model.transformer.h[1].attn._split_heads
     model.transformer.h[1].attn._split_heads = lambda x, *args: 3 * heads(x, *args)
     with pytest.raises(RunError, match=r"hooks are off by 0\.\d+ from its own cache, and its cache turned back is off by inf"):
-        Reader(as_teacher(model))
+        KVExtractor(as_teacher(model))
     convolves = tf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"])
     with pytest.raises(RunError, match="without keys and values of every layer"):
-        Reader(as_teacher(family(convolves)))
+        KVExtractor(as_teacher(family(convolves)))

@@ -151,7 +151,7 @@ def test_saving_does_not_change_the_run(wholes):
 
 
 def fresh_optimizer(patch):
-    real = checkpoint._unpack
+    real = checkpoint.load_training_state_dict
     patch.setattr(loop, "_unpack", lambda groups, model, opt: (real(groups, model, opt), opt.state.clear()))
 
 

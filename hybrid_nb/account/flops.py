@@ -8,7 +8,7 @@ __all__ = ['ASSUMED_MFU', 'Flops', 'counts_first', 'flops_per_token', 'run_token
 # %% ../../nbs/account/03_flops.ipynb #182f9818
 from typing import NamedTuple
 
-from .params import ParamRow, _chosen, param_rows
+from .params import ParamRow, active_elements, param_rows
 from ..config.config import Config, HybridConfig, ModelConfig
 
 # %% ../../nbs/account/03_flops.ipynb #12e8cd1d
@@ -31,7 +31,7 @@ class Flops(NamedTuple):
 def _matmul_rows(config: Config) -> list[tuple[ParamRow, int]]:
     "Each matrix of the blocks, and the elements that a token is multiplied by in all layers that have it."
     layers, parts = config.model.n_layer, ("attention", "ffn", "mamba", "align", "gate", "fusion", "mlp")
-    return [(r, _chosen(config, r) * (layers if r.layer is None else 1)) for r in param_rows(config)
+    return [(r, active_elements(config, r) * (layers if r.layer is None else 1)) for r in param_rows(config)
             if (len(r.shape) == 2 or "experts" in r.module) and r.module.startswith(parts) and r.module != "mamba.A_log"]
 
 def _scored_keys(config: Config) -> int:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHAPES', 'FROZEN', 'PEER_RATIO', 'DEFAULT_RATIO', 'SCALES', 'COLORS', 'LOOP_SPEEDUP', 'SCAN_MEMORY', 'SCAN_EXPONENT',
            'MASK_SPEEDUP', 'WINDOW_EXPONENT', 'AGREEMENT', 'COUNT_SECONDS', 'COUNT_MB', 'peak_rates', 'contenders',
-           'fit_batch', 'benchmark', 'judge', 'plot_speed', 'startup_seconds', 'Pass', 'fit_exponent', 'difference',
-           'measure', 'exponents', 'Scale', 'scan_passes', 'scan_bytes', 'compare_scans', 'scan_growth',
+           'fit_batch', 'benchmark', 'judge', 'plot_speed', 'startup_seconds', 'ForwardBackward', 'fit_exponent',
+           'difference', 'measure', 'exponents', 'Scale', 'scan_passes', 'scan_bytes', 'compare_scans', 'scan_growth',
            'attention_passes', 'compare_attention', 'branch_passes', 'branch_growth', 'draw_growth', 'plot_growth',
            'counting_costs', 'Aim', 'list_aims', 'judge_aims']
 
@@ -39,7 +39,7 @@ from ..model.hybrid import HybridBlock
 from ..model.rope import rope_table
 from ..model.ssm import CHUNK, MambaMixer, scan_kernel, selective_scan, selective_scan_chunked, selective_scan_reference
 from ..report.figure import BLUE, RED, Picture
-from ..train.timing import Contender, allocated, make_step, race
+from ..train.timing import BenchmarkCase, allocated, make_step, time_interleaved
 
 # %% ../../nbs/experiments/03_benchmark.ipynb #2241ec94
 SHAPES: dict[str, Config] = {
@@ -59,12 +59,12 @@ FROZEN = (("q", "frozen-orthogonal"), ("k", "frozen-orthogonal"))
 def contenders(
     full: bool = False,
     device: torch.device | str = "cpu",
-) -> list[Contender]:
+) -> list[BenchmarkCase]:
     "Both models in each precision that the device has; in full also compiled, and ours with Q and K frozen."
-    plain = [Contender(who, p) for p in ("fp32 (default)", "fp32", "bf16") for who in ("hybrid-nb", "transformers")]
-    more = [Contender("hybrid-nb", "fp32", True), Contender("transformers", "fp32", True), Contender("hybrid-nb", "bf16", True),
-                    Contender("hybrid-nb", "bf16", True, FROZEN), Contender("transformers", "bf16", True),
-                    Contender("transformers", "bf16", True, attention="eager")]
+    plain = [BenchmarkCase(who, p) for p in ("fp32 (default)", "fp32", "bf16") for who in ("hybrid-nb", "transformers")]
+    more = [BenchmarkCase("hybrid-nb", "fp32", True), BenchmarkCase("transformers", "fp32", True), BenchmarkCase("hybrid-nb", "bf16", True),
+                    BenchmarkCase("hybrid-nb", "bf16", True, FROZEN), BenchmarkCase("transformers", "bf16", True),
+                    BenchmarkCase("transformers", "bf16", True, attention="eager")]
     return [c for c in plain + more * full if not is_emulated(c.precision.split()[0], device)]
 
 def fit_batch(
@@ -96,7 +96,7 @@ def benchmark(
         config = fit_batch(config, (rounds + warmup) * len(everyone))
         if config != SHAPES[shape]:
             print(f"{config.train.batch_size} sequences a step, not {SHAPES[shape].train.batch_size}: {rate_text(rates['fp32'])} in fp32")
-    seconds = race({c.label: make_step(c, config, place) for c in everyone}, rounds, warmup)
+    seconds = time_interleaved({c.label: make_step(c, config, place) for c in everyone}, rounds, warmup)
     tokens, rows = config.train.batch_size * config.train.seq_len, []
     for c in everyone:
         flops = flops_per_token(replace(config, model=replace(config.model, **dict(c.change)))).total
@@ -154,7 +154,7 @@ def startup_seconds(repeat: int = 3) -> dict[str, float]:  # best of the repeats
 
 # %% ../../nbs/experiments/03_benchmark.ipynb #cad484d0
 @dataclass(frozen=True)
-class Pass:
+class ForwardBackward:
     "Something differentiable at one size."
     function: Callable[..., Tensor]  # of the inputs
     inputs: tuple[Tensor, ...]  # each requires a gradient
@@ -203,14 +203,14 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 def measure(
-    passes: dict[tuple[str, int], Pass],  # by contender and length
+    passes: dict[tuple[str, int], ForwardBackward],  # by contender and length
     rounds: int = 5,
     base: str | None = None,  # the contender that others are compared with
-    least_s: float = 0.05,  # as in `race`
+    least_s: float = 0.05,  # as in `time_interleaved`
 ) -> pd.DataFrame:  # a row a contender and length
     "Median seconds and bytes of forward and backward passes."
     device = next(iter(passes.values())).grad.device
-    seconds, rows, right = race(passes, rounds, 1, device, least_s, tell=False), [], {}
+    seconds, rows, right = time_interleaved(passes, rounds, 1, device, least_s, tell=False), [], {}
     if base is not None:
         right = {length: step() for (what, length), step in passes.items() if what == base}
     for (what, length), step in passes.items():
@@ -263,7 +263,7 @@ def scan_passes(
     scale: Scale,
     device: torch.device,
     only: str | None = None,  # one kernel's name; None: all
-) -> dict[tuple[str, int], Pass]:
+) -> dict[tuple[str, int], ForwardBackward]:
     "The selective scan by each kernel, on equal inputs."
     B, N, g = scale.batch, scale.states, torch.Generator().manual_seed(0)
     dt = 0.001 * 100 ** torch.rand(B, T, E, generator=g)
@@ -271,7 +271,7 @@ def scan_passes(
     A = -torch.arange(1.0, N + 1).repeat(E, 1)
     inputs = tuple(t.to(device).requires_grad_() for t in (x, dt, A, Bs, Cs))
     kernels = {"loop": selective_scan_reference, "chunked": selective_scan_chunked, scan_kernel(device): selective_scan}
-    return {(name, T): Pass(lambda *inputs, scan=scan: scan(*inputs)[0], inputs, grad.to(device))
+    return {(name, T): ForwardBackward(lambda *inputs, scan=scan: scan(*inputs)[0], inputs, grad.to(device))
             for name, scan in kernels.items() if only in (None, name)}
 
 def scan_bytes(E: int, T: int, scale: Scale) -> int:
@@ -295,14 +295,14 @@ def scan_growth(scale: Scale, device: torch.device) -> pd.DataFrame:  # as `meas
     return measure({key: step for p in passes for key, step in p.items()}, scale.rounds)
 
 # %% ../../nbs/experiments/03_benchmark.ipynb #f9b7dc88
-def attention_passes(T: int, scale: Scale, device: torch.device) -> dict[tuple[str, int], Pass]:
+def attention_passes(T: int, scale: Scale, device: torch.device) -> dict[tuple[str, int], ForwardBackward]:
     "Windowed attention block by block, and by a mask."
     g, mask = torch.Generator().manual_seed(0), window_mask(T, T, scale.window, device)
     *qkv, grad = (torch.randn(1, scale.heads, T, scale.d_head, generator=g).to(device) for _ in range(4))
     qkv = tuple(t.requires_grad_() for t in qkv)
     forms = {"SDPA, mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask),
              "blocks": lambda q, k, v: attend_window(q, k, v, scale.window)}
-    return {(name, T): Pass(form, qkv, grad) for name, form in forms.items()}
+    return {(name, T): ForwardBackward(form, qkv, grad) for name, form in forms.items()}
 
 def compare_attention(scale: Scale, device: torch.device) -> pd.DataFrame:  # as `measure`
     "Both forms of windowed attention against length."
@@ -310,7 +310,7 @@ def compare_attention(scale: Scale, device: torch.device) -> pd.DataFrame:  # as
     return measure({key: step for p in passes for key, step in p.items()}, scale.rounds, "SDPA, mask")
 
 # %% ../../nbs/experiments/03_benchmark.ipynb #3bdf6206
-def branch_passes(scale: Scale, device: torch.device) -> dict[tuple[str, int], Pass]:
+def branch_passes(scale: Scale, device: torch.device) -> dict[tuple[str, int], ForwardBackward]:
     "Branches and block at all lengths."
     shape = HybridConfig(n_layer=1, d_model=scale.width, n_head=4, d_state=scale.states, window=scale.window, gate_rank=scale.width // 4,
                          srte_encoding="none", max_seq_len=max(scale.lengths))
@@ -326,7 +326,7 @@ def branch_passes(scale: Scale, device: torch.device) -> dict[tuple[str, int], P
         x, grad = (torch.randn(1, T, scale.width, device=device) for _ in range(2))
         for name, (part, call) in parts.items():
             weights = tuple(part.to(device).parameters())
-            passes[name, T] = Pass(partial(call, part, rope), (x.requires_grad_(),), grad, weights)
+            passes[name, T] = ForwardBackward(partial(call, part, rope), (x.requires_grad_(),), grad, weights)
     return passes
 
 def branch_growth(scale: Scale, device: torch.device) -> pd.DataFrame:  # as `measure`

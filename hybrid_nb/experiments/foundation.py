@@ -44,8 +44,8 @@ from ..study.stats import ALPHA, MARGIN, t_interval
 from ..study.study import Study
 from ..study.trials import Arm
 from ..train.evaluate import perplexity, ppl_change
-from ..train.precision import resolve
-from ..train.timing import Contender, make_step, race
+from ..train.precision import detect_runtime
+from ..train.timing import BenchmarkCase, make_step, time_interleaved
 
 # %% ../../nbs/experiments/11_foundation.ipynb #ebe07fe3
 DEEP, WIDE = "foundation-32l", "foundation"  # presets: 32 layers of 704, and the document's choice
@@ -169,8 +169,8 @@ def time_steps(
 ) -> dict[str, list[float]]:  # by arm: seconds a step, a number a turn
     "Training steps of all arms in turns, in the precision that training would choose."
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    steps = {arm: make_step(Contender("hybrid-nb", resolve(c, place).precision), c, place) for arm, c in configs.items()}
-    return race(steps, rounds, warmup=1, device=place, least_s=least_s, tell=False).to_dict("list")
+    steps = {arm: make_step(BenchmarkCase("hybrid-nb", detect_runtime(c, place).precision), c, place) for arm, c in configs.items()}
+    return time_interleaved(steps, rounds, warmup=1, device=place, least_s=least_s, tell=False).to_dict("list")
 
 # %% ../../nbs/experiments/11_foundation.ipynb #bd2d82d3
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ from ..report.table import Table
 from ..runs.files import temporary_folder
 from ..runs.messages import Parser, last_words
 from ..study.stats import t_interval
-from ..train.distributed import World, join_world, leave
+from ..train.distributed import ProcessGroup, join_world, shutdown_and_exit
 from ..train.launch import move, sbatch_script
 from ..train.optim import make_optimizer, update
-from ..train.parallel import Layout, local_bytes
-from ..train.timing import allocated, race
+from ..train.parallel import ParallelStrategy, local_bytes
+from ..train.timing import allocated, time_interleaved
 
 # %% ../../nbs/experiments/08_parallel.ipynb #cd369009
 def layout_table(
@@ -76,7 +76,7 @@ def trial_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:  # (A, B, T
 def run_trial(
     config: Config,  # batch_size is that of all processes
     mode: str,  # one of MODES
-    world: World,
+    world: ProcessGroup,
     steps: int = 10,
 ) -> dict[str, Any]:  # losses, norms and bytes, JSON-serialisable
     "A few updates in a layout, on this machine's CPU."
@@ -86,8 +86,8 @@ def run_trial(
         checkpoint_activations(model)
     readers, net, optimizer = world, model, None
     if world.size > 1:
-        readers = Layout(mode, config, world, device).readers
-        net, optimizer = Layout(mode, config, world, device).shard(model, config.train)
+        readers = ParallelStrategy(mode, config, world, device).readers
+        net, optimizer = ParallelStrategy(mode, config, world, device).shard(model, config.train)
     optimizer = optimizer or make_optimizer(model, config.train)
     off, found, grads = torch.amp.GradScaler("cpu", enabled=False), {"losses": [], "norms": []}, {}
     optimizer.register_step_pre_hook(lambda *_: grads.update(local_bytes(model, optimizer)))
@@ -116,7 +116,7 @@ def run_trials(
             raise RunError(f"two processes ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['silent'])[-1]}")
         first, second = (json.loads(path.read_text()) for path in ranks)
     both = {mode: first[mode] | {"bytes": [first[mode]["bytes"], second[mode]["bytes"]]} for mode in first}
-    one = run_trial(config, "ddp", World(0, 1), steps)
+    one = run_trial(config, "ddp", ProcessGroup(0, 1), steps)
     return {"one": one | {"bytes": [one["bytes"]]}} | both
 
 def gap(trials: dict[str, dict], mode: str, what: str = "losses") -> float:
@@ -195,9 +195,9 @@ def measure_checkpointing(
         model = make_model(config.model).train()
         if name == "with":
             checkpoint_activations(model)
-        steps[name] = partial(update, model, make_optimizer(model, t), off, x, y, t, 0, World(0, 1), nullcontext)
+        steps[name] = partial(update, model, make_optimizer(model, t), off, x, y, t, 0, ProcessGroup(0, 1), nullcontext)
     with fast_float32("cpu"):
-        turns = race(steps, rounds, tell=False)
+        turns = time_interleaved(steps, rounds, tell=False)
         return Checkpointing(config, turns, {name: allocated(step, torch.device("cpu")) for name, step in steps.items()})
 
 def checkpointing_table(found: Checkpointing) -> Table:
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None):
     except (Exception, KeyboardInterrupt) as error:
         line, code = last_words(error)
         print(line, file=sys.stderr)
-    leave(code, together)
+    shutdown_and_exit(code, together)
 
 # %% ../../nbs/experiments/08_parallel.ipynb #21749eb6
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file

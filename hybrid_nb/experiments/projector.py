@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'TARGETS', 'RANK', 'NOISE', 'ACTIVATIONS', 'RIDGES', 'SIZES', 'RATIOS', 'NORMED', 'LONGER', 'DROPOUTS',
            'FACTOR', 'STATED_LOSS', 'STATED_STEPS', 'STATED_SPEED', 'COLORS', 'VIEWS', 'SCHEMA', 'teacher_vectors',
-           'Task', 'Fit', 'Scale', 'make_adapter', 'train_fit', 'best_linear', 'Sizes', 'experiments', 'run_part',
-           'step_costs', 'Claim', 'near', 'adapter_size', 'parameter_claims', 'converged', 'explained', 'Records',
-           'converged_at', 'stated_claims', 'part_claims', 'unseen_claims', 'all_claims', 'arms_table', 'costs_table',
-           'claims_table', 'draw_losses', 'plot_losses', 'draw_norms', 'plot_norms', 'draw_unseen', 'plot_unseen',
-           'bundle', 'stored_claims', 'recompute']
+           'Task', 'ProjectorRun', 'Scale', 'make_adapter', 'train_fit', 'best_linear', 'Sizes', 'experiments',
+           'run_part', 'step_costs', 'Claim', 'within_factor', 'adapter_size', 'parameter_claims', 'converged',
+           'explained', 'Records', 'converged_at', 'stated_claims', 'part_claims', 'unseen_claims', 'all_claims',
+           'arms_table', 'costs_table', 'claims_table', 'draw_losses', 'plot_losses', 'draw_norms', 'plot_norms',
+           'draw_unseen', 'plot_unseen', 'bundle', 'stored_claims', 'recompute']
 
 # %% ../../nbs/experiments/09_projector.ipynb #afc128a3
 import math
@@ -32,7 +32,7 @@ from ..report.table import Table
 from ..study.figures import spread
 from ..study.findings import judge_region
 from ..study.stats import ALPHA, t_interval
-from ..train.timing import allocated, find_device, race
+from ..train.timing import allocated, find_device, time_interleaved
 
 # %% ../../nbs/experiments/09_projector.ipynb #a5a9cce5
 TEACHERS = {"Qwen-7B": (0.02, 0.8, -4.0, 5.0), "Qwen-14B": (0.15, 1.2, -8.0, 10.0), "Llama-70B": (0.30, 2.5, -15.0, 20.0)}
@@ -86,7 +86,7 @@ class Task:
 ACTIVATIONS = {"SiLU": nn.SiLU, "GELU": nn.GELU, "ReLU": nn.ReLU}
 
 @dataclass(frozen=True)
-class Fit:
+class ProjectorRun:
     "One training of one projector."
     ratio: float | None = 1.0  # hidden width over the teacher's; None: the linear projector
     norm: bool = True  # LayerNorm first
@@ -114,7 +114,7 @@ class Scale:
         "W and S."
         return self.d_teacher, self.d_student
 
-def make_adapter(fit: Fit, scale: Scale) -> nn.Module:
+def make_adapter(fit: ProjectorRun, scale: Scale) -> nn.Module:
     "The projector of a training."
     if fit.ratio is None:
         layer = nn.Linear(*scale.widths)
@@ -132,7 +132,7 @@ def _error(net: nn.Module, x_PW: Tensor, y_PS: Tensor) -> float:
         return F.mse_loss(net(x_PW), y_PS).item()
 
 def train_fit(
-    fit: Fit,
+    fit: ProjectorRun,
     scale: Scale,
     device: str = "cpu",
 ) -> dict[str, Any]:  # JSON-serialisable
@@ -160,7 +160,7 @@ def train_fit(
 # %% ../../nbs/experiments/09_projector.ipynb #252e8896
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # over the largest eigenvalue
 
-def best_linear(fit: Fit, scale: Scale) -> dict[str, Any]:  # as `train_fit`, without losses
+def best_linear(fit: ProjectorRun, scale: Scale) -> dict[str, Any]:  # as `train_fit`, without losses
     "The record of ridge regression on all positions that a training sees."
     task = Task(scale.widths, fit.target, fit.teacher, fit.seed)
     (x, y), (x_new, y_new) = task.draw(scale.positions), task.draw(scale.held_out)
@@ -189,26 +189,27 @@ class Sizes:
     parts: Scale  # where it compares
 
 SIZES = {"full": Sizes("full", Scale(), Scale(1280, 384)), "smoke": Sizes("smoke", Scale(640, 192), Scale(320, 96))}
-RATIOS = {"linear": Fit(None, norm=False), "0.5x": Fit(0.5), "1.0x": Fit(1.0), "2.0x": Fit(2.0)}
-NORMED = {"linear": RATIOS["linear"], "normed linear": Fit(None), **RATIOS}
+RATIOS = {"linear": ProjectorRun(None, norm=False), "0.5x": ProjectorRun(0.5), "1.0x": ProjectorRun(1.0), "2.0x": ProjectorRun(2.0)}
+NORMED = {"linear": RATIOS["linear"], "normed linear": ProjectorRun(None), **RATIOS}
 LONGER = 5  # times the steps
 DROPOUTS = (0.0, 0.05, 0.1, 0.2)
 
-def experiments() -> dict[str, dict[str, Fit]]:  # by part of the report and name of the arm
+def experiments() -> dict[str, dict[str, ProjectorRun]]:  # by part of the report and name of the arm
     "Every training of one seed."
-    slow = {f"linear at 1e-4, {t}": Fit(None, norm=False, lr=1e-4, teacher=t) for t in TEACHERS}
-    bare = {f"no LayerNorm, {t}": Fit(norm=False, teacher=t) for t in TEACHERS}
+    slow = {f"linear at 1e-4, {t}": ProjectorRun(None, norm=False, lr=1e-4, teacher=t) for t in TEACHERS}
+    bare = {f"no LayerNorm, {t}": ProjectorRun(norm=False, teacher=t) for t in TEACHERS}
     views = {f"{name}, {target}{', fresh' if fresh else ''}": replace(fit, target=target, fresh=fresh)
              for target, fresh in (("random", False), ("linear", False), ("nonlinear", False), ("linear", True), ("nonlinear", True))
              for name, fit in NORMED.items()}
     long = {f"{name}, nonlinear, fresh, longer": replace(NORMED[name], target="nonlinear", fresh=True, times=LONGER)
             for name in ("linear", "normed linear", "1.0x")}
-    unseen = {f"no LayerNorm, {t}": Fit(norm=False, teacher=t, target="nonlinear", fresh=True) for t in TEACHERS}
+    unseen = {f"no LayerNorm, {t}": ProjectorRun(norm=False, teacher=t, target="nonlinear", fresh=True) for t in TEACHERS}
     return {"stated": {**NORMED, **slow, **bare},
-            "parts": {"SiLU, xavier": Fit(), "GELU": Fit(act="GELU"), "ReLU": Fit(act="ReLU"), "kaiming": Fit(init="kaiming"),
-                      "normal": Fit(init="normal")},
+            "parts": {"SiLU, xavier": ProjectorRun(), "GELU": ProjectorRun(act="GELU"),
+                      "ReLU": ProjectorRun(act="ReLU"), "kaiming": ProjectorRun(init="kaiming"),
+                      "normal": ProjectorRun(init="normal")},
             "relation": {**views, **long, **unseen},
-            "dropout": {f"{p:g}": Fit(dropout=p, target="nonlinear") for p in DROPOUTS}}
+            "dropout": {f"{p:g}": ProjectorRun(dropout=p, target="nonlinear") for p in DROPOUTS}}
 
 def run_part(
     part: str,  # of `experiments`
@@ -251,7 +252,7 @@ def step_costs(
             optimizer.step()
 
         steps[arm] = step
-    seconds = race(steps, rounds, 1, place, tell=False)
+    seconds = time_interleaved(steps, rounds, 1, place, tell=False)
     kept = {arm: 16 * n for arm, n in counts.items()}  # float32: weight, gradient, two moments
     return [{"arm": arm, "parameters": counts[arm], "seconds": seconds[arm].tolist(), "state": kept[arm],
              "peak": kept[arm] + allocated(step, place)} for arm, step in steps.items()]
@@ -296,7 +297,7 @@ class Claim(NamedTuple):
         return {"part": self.part, "claim": self.statement, "stated": self.stated, "holds if": region, "measured": measured,
                 "verdict": self.verdict}
 
-def near(stated: float, factor: float = FACTOR) -> dict[str, float]:
+def within_factor(stated: float, factor: float = FACTOR) -> dict[str, float]:
     "The region within a factor of a stated number."
     return {"low": stated / factor, "high": stated * factor}
 
@@ -326,7 +327,7 @@ def parameter_claims() -> list[Claim]:
     for plan, stated, shape in plans:
         found.append(_million(f"plan {plan}: weights per teacher, K and V", stated, 2 * adapter_size(*shape)))
     growth = whole / (counts["linear"] + 1536)
-    return found + [Claim("parameters", "memory of 1.0x over linear: weights, gradients, moments", "4", (growth,), **near(4, 1.2),
+    return found + [Claim("parameters", "memory of 1.0x over linear: weights, gradients, moments", "4", (growth,), **within_factor(4, 1.2),
                           exact=True)]
 
 # %% ../../nbs/experiments/09_projector.ipynb #74b643c3
@@ -376,13 +377,13 @@ def converged_at(record: dict[str, Any]) -> int:
 
 def stated_claims(table: Records, costs: list[dict[str, Any]]) -> list[Claim]:
     "The document's benchmark and what it concludes."
-    found = [Claim("benchmark", f"{arm}: loss after 40 steps", f"{loss:g}", table.values("stated", arm, "loss"), **near(loss))
+    found = [Claim("benchmark", f"{arm}: loss after 40 steps", f"{loss:g}", table.values("stated", arm, "loss"), **within_factor(loss))
              for arm, loss in STATED_LOSS.items()]
     found.append(Claim("benchmark", "linear at its former rate, 1e-4: loss after 40 steps", "6.09",
-                       table.values("stated", "linear at 1e-4, Qwen-14B", "loss"), **near(6.09)))
+                       table.values("stated", "linear at 1e-4, Qwen-14B", "loss"), **within_factor(6.09)))
     counts = {arm: table.values("stated", arm, converged_at) for arm in STATED_STEPS}
     found += [Claim("benchmark", f"{arm}: steps to converge", f"{steps}" + "+" * (arm == "linear"), counts[arm],
-                    **({"low": steps - 1} if arm == "linear" else near(steps))) for arm, steps in STATED_STEPS.items()]
+                    **({"low": steps - 1} if arm == "linear" else within_factor(steps))) for arm, steps in STATED_STEPS.items()]
     found.append(Claim("benchmark", "upgrade converges 2 to 3 times as fast: steps of linear at 1e-4 over those of 1.0x at 1e-3", "2 to 3",
                        table.ratio("stated", "linear at 1e-4, Qwen-14B", "1.0x", converged_at), 2.0, 3.0))
     found += [Claim("benchmark", f"{arm} beats linear, both at 1e-3: ratio of losses", "below 1", table.ratio("stated", arm, "linear"),
@@ -392,7 +393,7 @@ def stated_claims(table: Records, costs: list[dict[str, Any]]) -> list[Claim]:
     seconds = {row["arm"]: np.array(row["seconds"]) for row in costs}
     for what, power in (("time of a step", 1), ("steps a second", -1)):
         ratios = {arm: tuple(((seconds[arm] / seconds["linear"]) ** power).tolist()) for arm in STATED_SPEED}
-        found += [Claim("speed", f"{arm}: {what} over linear's", f"{stated:g}", ratios[arm], **near(stated, 1.2))
+        found += [Claim("speed", f"{arm}: {what} over linear's", f"{stated:g}", ratios[arm], **within_factor(stated, 1.2))
                   for arm, stated in STATED_SPEED.items()]
     return found
 
@@ -402,7 +403,7 @@ def part_claims(table: Records) -> list[Claim]:
     for teacher in TEACHERS:
         arm = f"no LayerNorm, {teacher}"
         found += [Claim("LayerNorm", f"{teacher}: loss without it after 40 steps", "6.09", table.values("stated", arm, "loss"),
-                        **near(6.09)),
+                        **within_factor(6.09)),
                   Claim("LayerNorm", f"{teacher}: loss without it over loss with it", "10", table.ratio("stated", arm, "1.0x"),
                         low=10 / FACTOR)]
     found += [Claim("activation", f"SiLU converges faster than {act}: ratio of losses", "below 1",

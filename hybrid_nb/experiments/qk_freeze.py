@@ -193,7 +193,7 @@ def analyze(
     "The analysis of a study; runs that may not be compared are refused."
     if target and not target > 1:
         raise ConfigError(f"target={target} must be a perplexity above 1, or 0 for the worst at which a run ended")
-    study = studies.freeze(study)
+    study = studies.roundtrip(study)
     check_comparable(study)
     ends = [loss for arm in study.plan.arms for loss in _finals(study, arm)]
     return Analysis(study, target or (perplexity(max(ends)) if ends else None))

@@ -34,7 +34,7 @@ from ..report.bundle import as_results, check_bundle
 from ..report.figure import Picture
 from ..report.table import Table
 from ..train.optim import make_optimizer
-from ..train.timing import Contender, make_step, race
+from ..train.timing import BenchmarkCase, make_step, time_interleaved
 
 # %% ../../nbs/experiments/10_qk_speed.ipynb #1243e4aa
 ARMS = {"B, trainable": "orthogonal", "C, frozen": "frozen-orthogonal"}  # the state of Q and K
@@ -127,9 +127,10 @@ def measure_speed(
     where, _ = torch.device(device), _pair(config)
     precision = settle_precision(precision, where)
     steps: dict[str, Callable[[], Any]] = {
-        name: make_step(Contender("hybrid-nb", precision, compile, (("q", state), ("k", state), ("ortho_shared", False))), config, where)
+        name: make_step(BenchmarkCase("hybrid-nb", precision, compile, (("q", state), ("k", state), ("ortho_shared", False))),
+                        config, where)
         for name, state in ARMS.items()}
-    turns = race(steps | {SKIPPED: skipped_work(config, precision, where)}, rounds, device=where, least_s=least_s, tell=compile)
+    turns = time_interleaved(steps | {SKIPPED: skipped_work(config, precision, where)}, rounds, device=where, least_s=least_s, tell=compile)
     return Speed(turns, allowed_ratio(config))
 
 def speed_table(speed: Speed) -> Table:
@@ -207,7 +208,7 @@ def profile_ops(
     precision = settle_precision(precision, where)
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if where.type == "cuda" else [])
     for name, state in ARMS.items():
-        step = make_step(Contender("hybrid-nb", precision, change=(("q", state), ("k", state), ("ortho_shared", False))), config, where)
+        step = make_step(BenchmarkCase("hybrid-nb", precision, change=(("q", state), ("k", state), ("ortho_shared", False))), config, where)
         step()
         with profile(activities=kinds) as seen:
             step()

@@ -32,7 +32,7 @@ from .foreign import attribute_names, check_foreign, foreign_names
 from .head import head_loss
 from .moe import Experts, Router, balance_loss, feed_forward
 from .orthogonal import OrthogonalLinear, seeded_weights
-from .rope import Stretch, rope_table
+from .rope import RopeScaling, rope_table
 from .texts import Texts, causal_mask, check_holes, count_targets, next_tokens, token_positions, wants_maps
 
 # %% ../../nbs/model/11_decoder.ipynb #ba9f654c
@@ -266,7 +266,7 @@ class DecoderModel(DecoderPreTrainedModel):
             h_BTD = h_BTD + self.embed_positions(position_ids)
         rope = None
         if config.position == "rope":
-            rope = rope_table(position_ids, config.head_dim, config.rope_theta, Stretch.of(config))
+            rope = rope_table(position_ids, config.head_dim, config.rope_theta, RopeScaling.of(config))
         first_BT = texts.first_BS[:, -T:] if config.qk_shift else None
         if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
             h_BTD = h_BTD.to(torch.get_autocast_dtype(device.type))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..config.errors import ConfigError
 from .decoder import DecoderForCausalLM, settle_tying
-from .rope import Stretch, rope_parameters
+from .rope import RopeScaling, rope_parameters
 
 # %% ../../nbs/model/12_llama.ipynb #c500aa50
 def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
@@ -26,7 +26,7 @@ def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
     llama = LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.max_seq_len,
-        rms_norm_eps=c.norm_eps, rope_parameters=rope_parameters(c.d_head, c.rope_theta, Stretch.of(c)),
+        rms_norm_eps=c.norm_eps, rope_parameters=rope_parameters(c.d_head, c.rope_theta, RopeScaling.of(c)),
         tie_word_embeddings=c.tie_embeddings, attention_bias=c.attn_bias, mlp_bias=c.ffn_bias,
         attention_dropout=c.attn_dropout, eos_token_id=model.config.eos_token_id, bos_token_id=model.config.bos_token_id))
     state = model.state_dict()

@@ -24,7 +24,7 @@ from .compare import outcome
 from .figures import plot_ppl
 from .launch import STARTERS, _side_by_side, has_report
 from .stats import ALPHA, MARGIN
-from .study import Entry, Study, _plan, freeze
+from .study import Study, StudyRun, _plan, roundtrip
 from .trials import Arm, Trial, _reread, trials
 from ..train.launch import train
 from ..train.progress import progress_line
@@ -50,7 +50,7 @@ def _in_turn(todo: list[Trial], device: str | None, cache: Path, tell: Callable[
     return errors
 
 # %% ../../nbs/study/08_run.ipynb #23ae9bff
-def _is_over(entry: Entry, folder: Path, runner: str) -> bool:
+def _is_over(entry: StudyRun, folder: Path, runner: str) -> bool:
     "Whether there is nothing to do for a run."
     state = entry.outcome[0]
     return state == "diverged" or state == "done" and (runner == "train" or has_report(folder))
@@ -97,7 +97,7 @@ def study(
     workers = workers or (max(1, gpus) if jobs is None else max(1, len(todo)))
     alone = workers == 1 and runner == "train" and jobs is None
     errors = _in_turn(todo, *how) if alone else _side_by_side(todo, workers, STARTERS[runner], *how, jobs)
-    done = freeze(_reread(plan, needed, errors))
+    done = roundtrip(_reread(plan, needed, errors))
     if all(e.outcome[0] == "failed" for e in done.entries):
         raise RunError(f"all {len(done.entries)} runs failed; the first: {done.entries[0].outcome[1]}", BAD_DATA)
     return done

@@ -15,7 +15,7 @@ from ..config.config import Config, config_hash
 from ..config.errors import ConfigError
 from ..config.override import override
 from ..runs.runs import check_name, load_run
-from .study import Entry, Plan, Study
+from .study import Plan, Study, StudyRun
 
 # %% ../../nbs/study/06_trials.ipynb #2670dd39
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def trials(
 # %% ../../nbs/study/06_trials.ipynb #cec4095d
 def _reread(plan: Plan, todo: list[Trial], errors: dict[Path, str]) -> Study:
     "The study as its folders are now."
-    def entry(t: Trial) -> Entry:
+    def entry(t: Trial) -> StudyRun:
         run = load_run(t.folder) if (t.folder / "run.json").is_file() else None
-        return Entry(t.arm, t.seed, t.folder.name, run, errors.get(t.folder))
+        return StudyRun(t.arm, t.seed, t.folder.name, run, errors.get(t.folder))
 
     return Study(plan, tuple(map(entry, todo)))

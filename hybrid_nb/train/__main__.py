@@ -12,7 +12,7 @@ from ..config.documents import load_config
 from ..config.errors import STOPPED
 from ..runs.messages import Parser, last_words, say
 from ..runs.secrets import redact
-from .distributed import leave
+from .distributed import shutdown_and_exit
 from .launch import train
 from .progress import ProgressLines
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None):
     except (Exception, KeyboardInterrupt) as error:
         line, code = last_words(error, folder, redact)
         say(line, "stderr")
-    leave(code, together)
+    shutdown_and_exit(code, together)
 
 # %% ../../nbs/train/16_main.ipynb #21749eb6
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file

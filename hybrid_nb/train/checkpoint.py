@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['checkpoints', 'forget_after', 'tensor_hash', 'tensor_forms', 'save_checkpoint', 'Checkpoint', 'read_checkpoint',
-           'latest_checkpoint', 'changed_weights', 'Progress', 'read_progress', 'check_checkpoint']
+           'latest_checkpoint', 'changed_weights', 'training_state_dict', 'load_training_state_dict', 'Progress',
+           'read_progress', 'check_checkpoint']
 
 # %% ../../nbs/train/03_checkpoint.ipynb #8670e061
 import hashlib
@@ -205,7 +206,7 @@ def changed_weights(model: nn.Module) -> dict[str, Tensor]:
     leave = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
     return {name: t for name, t in learned_state(model).items() if name not in leave}
 
-def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def training_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     "Everything of model and optimizer that a step changes, as named tensors, each whole."
     weights = {name: _saved(t) for name, t in changed_weights(model).items()}
     states = optimizer.gather() if hasattr(optimizer, "gather") else optimizer.state
@@ -219,8 +220,8 @@ def _saved(t: Tensor) -> Tensor:
     "What a checkpoint takes of a tensor: shards are joined one tensor at a time and leave the device."
     return whole_tensor(t).cpu() if hasattr(t, "full_tensor") else t
 
-def _unpack(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: torch.optim.Optimizer):
-    "Put named tensors back where `_pack` took them from."
+def load_training_state_dict(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: torch.optim.Optimizer):
+    "Put named tensors back where `training_state_dict` took them from."
     trained, state = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
     with torch.no_grad():
         for name, p in trained.items():

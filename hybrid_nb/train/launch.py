@@ -44,9 +44,9 @@ def train(
 
         made |= {"make_objective": make_objective, "adapters": adapter_count(config) if config.finetune.rank else 0}
     if parallel != "ddp":
-        from hybrid_nb.train.parallel import Layout
+        from hybrid_nb.train.parallel import ParallelStrategy
 
-        made["make_layout"] = partial(Layout, parallel, config)
+        made["make_layout"] = partial(ParallelStrategy, parallel, config)
     return fit(config, folder, on_update=on_update, device=device, cache=cache, trial=trial, **made)
 
 # %% ../../nbs/train/14_launch.ipynb #a0e4d416

@@ -49,23 +49,23 @@ from ..runs.provenance import code_state, lock_hash, machine, versions
 from ..runs.runs import Run, append_record, check_name, claim_folder, load_run, read_info
 from hybrid_nb.train.checkpoint import (
     Progress,
-    _pack,
     _saved,
-    _unpack,
     check_checkpoint,
     checkpoints,
     forget_after,
     latest_checkpoint,
+    load_training_state_dict,
     read_progress,
     save_checkpoint,
     tensor_hash,
+    training_state_dict,
 )
-from .distributed import World, global_batch, join_world, peers_watched, split_batch
+from .distributed import ProcessGroup, global_batch, join_world, peers_watched, split_batch
 from .evaluate import evaluate as evaluate_model
 from .evaluate import sample_text
 from .objective import Objective
 from .optim import lr_at, make_optimizer, notes_before, update
-from .precision import Resolved, _resolved, resolve
+from .precision import RuntimeConfig, _resolved, detect_runtime
 from .signals import ignore_signals, stop_requests
 
 # %% ../../nbs/train/08_loop.ipynb #e9afabde
@@ -122,7 +122,7 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
 
-def start_info(config: Config, folder: Path, resolved: Resolved, world: World, data: TokenData, trial: str | None) -> dict:
+def start_info(config: Config, folder: Path, resolved: RuntimeConfig, world: ProcessGroup, data: TokenData, trial: str | None) -> dict:
     "What run.json says when a run begins."
     p = count_params(config)
     return {"name": folder.name, "status": "running", "error": None, "config": asdict(config), "config_hash": config_hash(config),
@@ -139,8 +139,8 @@ class RunState:
 
     config: Config
     folder: Path
-    world: World  # all processes of the run
-    readers: World  # those that read batches of their own
+    world: ProcessGroup  # all processes of the run
+    readers: ProcessGroup  # those that read batches of their own
     device: torch.device
     layout: Any  # how the processes share the model; None: each has the whole of it
     windows: int  # of an update, over all processes
@@ -149,7 +149,7 @@ class RunState:
     tokenizer: Tokenizer
     model: nn.Module
     objective: Objective | None  # beside the next token
-    runtime: Resolved  # precision, compilation and kernels
+    runtime: RuntimeConfig  # precision, compilation and kernels
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     identity: dict[str, str]  # what a checkpoint must share with the run
@@ -213,14 +213,14 @@ def settle_runtime(
     config: Config,
     folder: Path,
     old: dict[str, Any] | None,  # run.json of a run that continues, in the first process
-    world: World,
+    world: ProcessGroup,
     device: torch.device,
-) -> tuple[Resolved, list[str]]:
+) -> tuple[RuntimeConfig, list[str]]:
     "Precision, compilation and kernels that the run began with, or that the first process measures; and what is noted of them."
     main, notes = world.rank == 0, []
     before = _resolved(old["resolved"], folder / "run.json") if old else None
     same = before is not None and before.device == device.type
-    runtime = world.share((before if same else resolve(config, device)) if main else None)
+    runtime = world.share((before if same else detect_runtime(config, device)) if main else None)
     if main and (slow := emulation_note(runtime.precision, device)):
         say(f"{slow}; precision=auto takes {settle_precision('auto', device)}")
     if main and runtime.scan is not None and runtime.scan != scan_kernel(device):
@@ -247,11 +247,11 @@ def restore(run: RunState) -> list[str]:
     for name, value in run.identity.items():
         if found.state.get(name) != value:
             raise RunError(f"checkpoint {found.path} was made with another {name}: {found.state.get(name)} there, {value} here", BAD_DATA)
-    _unpack(found.groups, run.model, run.optimizer)
+    load_training_state_dict(found.groups, run.model, run.optimizer)
     if run.objective is not None:
         own = {"model": found.groups["objective"], "optimizer": found.groups["objective-optimizer"]}
         run.objective.load_state_dict(own["model"])
-        _unpack(own | {"generators": found.groups["generators"]}, run.objective, run.optimizer)
+        load_training_state_dict(own | {"generators": found.groups["generators"]}, run.objective, run.optimizer)
     run.scaler.load_state_dict(found.state["scaler"])
     run.progress = read_progress(found, run.config.train)
     return [*notes, f"continued from step {found.step}"]
@@ -293,7 +293,7 @@ def open_records(
 def begin(
     config: Config,
     folder: Path,
-    world: World,
+    world: ProcessGroup,
     device: torch.device,
     cache: Path,  # token shards
     *,
@@ -420,12 +420,12 @@ def save(run: RunState):
     missing = run.main and not (run.folder / "checkpoints" / f"step-{run.progress.step}").exists()
     if run.layout is None and not missing:
         return
-    groups = _pack(run.model, run.optimizer)
+    groups = training_state_dict(run.model, run.optimizer)
     if not missing:
         return
     state = run.identity | {"progress": dataclass_dict(run.progress), "scaler": run.scaler.state_dict()}
     if run.objective is not None:
-        own = _pack(run.objective, run.optimizer)
+        own = training_state_dict(run.objective, run.optimizer)
         groups |= {"objective": own["model"], "objective-optimizer": own["optimizer"]}
     save_checkpoint(run.folder, run.progress.step, groups, state, run.config.train.keep_checkpoints)
 
@@ -526,7 +526,7 @@ def fit(
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
     cache: str | Path = "runs/cache",  # token shards
     trial: str | None = None,  # why this is a short trial, for run.json
-    make_layout: Callable[[World, torch.device], Any] | None = None,  # how several processes share the model; None: each has the whole
+    make_layout: Callable[[ProcessGroup, torch.device], Any] | None = None,  # how processes share the model; None: each has the whole
     make_objective: Callable[..., Objective] | None = None,  # what is minimised beside the loss of the next token; as `begin` takes it
     adapters: int = 0,  # trained parameters of adapters, where all others are frozen
 ) -> Run:  # with status 'done', or 'stopped' after SIGTERM or SIGINT

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .distributed import World
+from .distributed import ProcessGroup
 
 # %% ../../nbs/train/02_objective.ipynb #b745b5fa
 class Objective(nn.Module):
@@ -33,7 +33,7 @@ class Objective(nn.Module):
         "The model's output for a micro-batch."
         raise NotImplementedError
 
-    def means(self, world: "World") -> dict[str, float]:
+    def means(self, world: "ProcessGroup") -> dict[str, float]:
         "Its parts over the updates since the last call, over all processes."
         raise NotImplementedError
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..account.flops import counts_first
 from ..config.config import Config, TrainConfig
 from ..model.moe import expert_load
-from .distributed import World, shards_like, whole_tensor
+from .distributed import ProcessGroup, shards_like, whole_tensor
 from .objective import Objective
 
 # %% ../../nbs/train/05_optim.ipynb #9f59d27f
@@ -110,7 +110,7 @@ def batch_load(
     inputs: Tensor,  # (A, B, T)
     config: TrainConfig,
     step: int,  # updates done before
-    world: World,
+    world: ProcessGroup,
     context: Callable,  # makes an autocast
 ) -> Tensor:  # (L, E), as `balance_loss` takes it for each micro-batch of each process
     "How the experts are loaded by the whole batch, over all processes."
@@ -151,7 +151,7 @@ def update(
     targets: Tensor,  # (A, B, T)
     config: TrainConfig,
     step: int,  # updates done before
-    world: World,
+    world: ProcessGroup,
     context: Callable,  # makes an autocast
     objective: Objective | None = None,  # None: the model's own loss
     count: float | None = None,  # targets of the whole batch; None: they are counted
