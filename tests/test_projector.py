@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from hybrid_nb.model.projector import compute_kv_loss, KVDimensionProjector
-from hybrid_nb.train.distributed import leave
+from hybrid_nb.train.distributed import shutdown_and_exit
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 net = KVDimensionProjector({"Qwen2.5-7B": {"d_model": 48, "num_layers": 2}}, 32, dropout=0.0)
@@ -45,7 +45,7 @@ rank = dist.get_rank()
 both = DistributedDataParallel(net)
 loss(both, slice(2 * rank, 2 * rank + 2)).backward()
 assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(net.parameters(), whole, strict=True))
-leave(0)  # gloo aborts now and then where an interpreter ends by itself
+shutdown_and_exit(0)  # gloo aborts now and then where an interpreter ends by itself
 """
 
 

@@ -71,6 +71,7 @@ def _report_row(path: Path) -> dict[str, Any] | None:
         return row | {"pipeline": "", "subject": path.stem, "verdict": "FAILED", "headline": {}}
     return data | row
 
+# %% ../../nbs/report/12_index.ipynb #e99b6cba
 def read_reports(
     reports: str | Path,  # folder
 ) -> list[dict[str, Any]]:  # path of the notebook, title, parameters and the result

@@ -84,6 +84,9 @@ def size_text(size: float) -> str:  # of bytes
     return f"{size / 1024**unit:,.2f} {('', 'Ki', 'Mi', 'Gi', 'Ti')[unit]}B" if unit else f"{size:,.0f} bytes"
 
 # %% ../../nbs/runs/04_files.ipynb #c1b84f88
+#| export
+
+# %% ../../nbs/runs/04_files.ipynb #8fb697fd
 def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "An object of JSON whose names differ; for `object_pairs_hook`."
     names = [name for name, _ in pairs]
@@ -94,6 +97,7 @@ def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _no_constant(name: str):
     raise ValueError(f"it holds {name}, which JSON does not have")
 
+# %% ../../nbs/runs/04_files.ipynb #5ddff3ca
 def read_json(
     path: Path,
     most: int = 1 << 26,  # bytes

@@ -206,6 +206,7 @@ def changed_weights(model: nn.Module) -> dict[str, Tensor]:
     leave = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
     return {name: t for name, t in learned_state(model).items() if name not in leave}
 
+# %% ../../nbs/train/03_checkpoint.ipynb #654376dd
 def training_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     "Everything of model and optimizer that a step changes, as named tensors, each whole."
     weights = {name: _saved(t) for name, t in changed_weights(model).items()}
@@ -220,6 +221,7 @@ def _saved(t: Tensor) -> Tensor:
     "What a checkpoint takes of a tensor: shards are joined one tensor at a time and leave the device."
     return whole_tensor(t).cpu() if hasattr(t, "full_tensor") else t
 
+# %% ../../nbs/train/03_checkpoint.ipynb #1a895ad2
 def load_training_state_dict(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: torch.optim.Optimizer):
     "Put named tensors back where `training_state_dict` took them from."
     trained, state = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
