@@ -60,7 +60,7 @@ CROWDED: dict[str, int] = {
     "train/11_lora": 4,
     "train/12_parallel": 1,
     "train/13_timing": 1,
-    "train/15_main": 1,
+
     "report/02_bundle": 2,
     "report/04_curves": 4,
     "report/05_monitors": 1,

@@ -30,6 +30,7 @@ def progress_line(record: dict, steps: int) -> str:
     return (f"{head}  loss {loss:7.4f}  ppl {perplexity(loss, 50):<9.4g}  lr {record['lr']:.2e}  "
             f"grad {norm:<5.3g}  {record['tokens_per_s']:>7,.0f} tokens/s  {_clock(left)} left")
 
+# %% ../../nbs/train/15_progress.ipynb #e5b42c7d
 class ProgressLines:
     "Prints what is new in a run folder: notes, evaluations, the first ten records, and then one with each percent of the steps."
 
