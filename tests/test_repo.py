@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("config", "runs", "data", "model", "account", "train", "report", "study", "experiments", "cli")
 NOTEBOOKS = [path for p in (".", *PACKAGES) for path in sorted((ROOT / "nbs" / p).glob("[0-9][0-9]_*.ipynb"))]
+SOURCES = [ROOT / "nbs" / "index.ipynb", *sorted((ROOT / "nbs" / "docs").glob("*.ipynb"))]  # of the README and of docs/
 PIPELINES = sorted((ROOT / "pipelines").glob("*.ipynb"))
 
 
@@ -91,7 +92,7 @@ def test_nothing_imports_a_higher_number(path):
             assert PLACE[name] <= PLACE[module_of(path)], f"{path.stem} imports {name}"
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb", *sorted((ROOT / "nbs" / "docs").glob("*.ipynb"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOURCES], ids=lambda p: p.stem)
 def test_imports_stand_alone(path):
     assert [cell["source"] for cell in code_cells(path) if mixes_imports(cell["source"])] == []
 
@@ -181,7 +182,6 @@ def test_metadata_of_the_package():
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [ROOT / "nbs" / "index.ipynb", *sorted((ROOT / "nbs" / "docs").glob("*.ipynb"))]
 
 
 def test_pages_are_made_from_their_notebooks(tmp_path):
