@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where pip takes torch from, for another build than PyPI's: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-README ?= README.md
+OUT ?= .
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -42,7 +42,7 @@ test: $(VENV)/.dev sync
 	@bin=$$(cd $(BIN) && pwd) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
 	cp -R settings.ini constraints.txt pipelines hybrid_nb "$$copy" && cd "$$copy" && \
 	$(OFFLINE) $(QUIET) PYTHONPATH="$$copy" "$$bin/nbdev_test" --n_workers 1 --timing --path pipelines
-	$(BIN)/ruff check nbs pipelines tests hooks setup.py
+	$(BIN)/ruff check nbs pipelines tests hooks docs setup.py
 	$(OFFLINE) $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
 # In a copy, so that work in progress is never rewritten: export and clean must change nothing.
@@ -73,15 +73,16 @@ reports: $(VENV)/.base
 	  -p overrides "n_layer=4 d_model=128 n_head=4 d_ff=512 vocab_size=2048 bpe_vocab=2048 batch_size=16 seq_len=256 lr=3e-3 compile=no text_key=question"
 	$(BIN)/hnb run audit
 
+PAGES := nbs/index.ipynb $(wildcard nbs/docs/*.ipynb)
+
 docs: $(VENV)/.dev
-	PYTHONWARNINGS=ignore $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
-	$(BIN)/nbdev_clean --fname nbs/index.ipynb
+	PYTHONWARNINGS=ignore $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace $(PAGES)
+	for page in $(PAGES); do $(BIN)/nbdev_clean --fname $$page || exit 1; done
 	$(MAKE) readme
 
+# The README and the generated pages of docs/ from their executed notebooks, into the folder OUT.
 readme:
-	@{ $(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb \
-	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input; echo; } \
-	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9]{2}_)#](nbs/\1#g' | cat -s | sed '$${/^$$/d;}' > $(README)
+	@$(BIN)/python docs/build.py $(OUT)
 
 clean:
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache

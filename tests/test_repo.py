@@ -22,6 +22,7 @@ import hybrid_nb
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("config", "runs", "data", "model", "account", "train", "report", "study", "experiments", "cli")
 NOTEBOOKS = [path for p in (".", *PACKAGES) for path in sorted((ROOT / "nbs" / p).glob("[0-9][0-9]_*.ipynb"))]
+SOURCES = [ROOT / "nbs" / "index.ipynb", *sorted((ROOT / "nbs" / "docs").glob("*.ipynb"))]  # of the README and of docs/
 PIPELINES = sorted((ROOT / "pipelines").glob("*.ipynb"))
 
 
@@ -75,7 +76,7 @@ def test_every_module_has_a_notebook():
     assert modules == set(PLACE)
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOURCES], ids=lambda p: p.stem)
 def test_imports_stand_alone(path):
     assert [cell["source"] for cell in code_cells(path) if mixes_imports(cell["source"])] == []
 
@@ -171,38 +172,59 @@ def test_metadata_of_the_package():
     assert [e.value for e in entry_points(group="console_scripts", name="hnb")] == ["hybrid_nb.cli.main:main"]
 
 
-def test_readme_is_made_from_the_index(tmp_path):
-    made = tmp_path / "README.md"
-    command = ["make", "-s", "readme", f"README={made}", f"VENV={sys.prefix}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert made.read_text() == (ROOT / "README.md").read_text(), "README.md is stale: make docs"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_is_what_its_cells_show_today():
-    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
+def test_pages_are_made_from_their_notebooks(tmp_path):
+    subprocess.run(["make", "-s", "readme", f"OUT={tmp_path}", f"VENV={sys.prefix}"], cwd=ROOT, check=True, capture_output=True)
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stem for path in made if path.suffix == ".md"} == {"README"} | {path.stem for path in SOURCES[1:]}
+    for path in made:
+        name = path.relative_to(tmp_path)
+        assert path.read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8"), f"{name} is stale: make docs"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_page_is_what_its_cells_show_today(path):
+    nb = nbformat.read(path, 4)
     shown = [line for cell in nb.cells for line in shown_lines(cell)]
-    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": ROOT / "nbs"}}).execute()
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
     today = {line for cell in nb.cells for line in shown_lines(cell)}
     assert shown and [line for line in shown if line not in today] == [], "make docs"
 
 
 def shown_lines(cell) -> list[str]:
-    "What the README takes from a cell; a report that was made since need not be in it."
-    outputs = cell.get("outputs", [])
-    return "\n".join(o.get("data", {}).get("text/markdown", "") or o.get("text", "") for o in outputs).splitlines()
+    "What a page takes from a cell, a figure by its text; a report that was made since need not be in it."
+    data = [o.get("data", {}) | {"stream": o.get("text", "")} for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+    return "\n".join(d.get("text/markdown") or "image/svg+xml" in d and d["text/plain"] or d["stream"] for d in data).splitlines()
 
 
-def test_readme_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert links
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 10_000
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("|", ">"))) <= 140
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda p: p.stem)
+def test_links_of_a_page_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
     for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), f"README.md links to {link}, which is missing"
+        assert link.startswith("https://") or (path.parent / link).exists(), f"{path.name} links to {link}, which is missing"
 
 
-def test_readme_map_lists_every_notebook():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_tables_of_a_page_are_whole(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for row, after in zip(lines, lines[1:], strict=False):
+        if row.startswith("|") and after.startswith("|"):
+            columns = [len(re.findall(r"(?<!\\)\|", line)) for line in (row, after)]
+            assert columns[0] == columns[1], after
+
+
+def test_map_lists_every_notebook():
+    text = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS + PIPELINES:
-        assert f"]({path.relative_to(ROOT).as_posix()})" in text, f"the map lacks {path.name}: make docs"
+        assert f"](../{path.relative_to(ROOT).as_posix()})" in text, f"the map lacks {path.name}: make docs"
 
 
 @pytest.fixture
