@@ -32,7 +32,7 @@ from hybrid_nb.data.prepare import prepare
 from hybrid_nb.model.decoder import make_decoder
 from hybrid_nb.runs import files, runs
 from hybrid_nb.runs.runs import Run, load_run
-from hybrid_nb.train import checkpoint, launch, loop, optim
+from hybrid_nb.train import checkpoint, launch, loop
 from hybrid_nb.train.checkpoint import checkpoints, latest_checkpoint, read_checkpoint, tensor_hash
 
 BASE = tiny()
@@ -55,7 +55,7 @@ def cache(tmp_path_factory) -> Path:
 def run(tmp_path, cache):
     "A function that trains in this process: `run(config, name, stop=k)` is asked by SIGTERM to stop after step k."
     def begin(config: Config = BASE, name: str = "r", stop: int | None = None) -> Run:
-        real = optim.update
+        real = loop.update
 
         def update(*args):
             result = real(*args)
@@ -152,7 +152,7 @@ def test_saving_does_not_change_the_run(wholes):
 
 def fresh_optimizer(patch):
     real = checkpoint.load_training_state_dict
-    patch.setattr(loop, "_unpack", lambda groups, model, opt: (real(groups, model, opt), opt.state.clear()))
+    patch.setattr(loop, "load_training_state_dict", lambda groups, model, opt: (real(groups, model, opt), opt.state.clear()))
 
 
 def first_batch_again(patch):
@@ -162,7 +162,7 @@ def first_batch_again(patch):
 
 def forgotten_log(patch):
     real, empty = checkpoint.Progress, {"loss_sum": 0.0, "loss_count": 0}
-    patch.setattr(loop, "Progress", lambda **state: real(**(state | empty if state else {})))
+    patch.setattr(checkpoint, "Progress", lambda **state: real(**(state | empty if state else {})))
 
 
 NAIVE = {fresh_optimizer: {"weights", "groups", "records", "model"}, first_batch_again: {"weights", "data", "records"},
@@ -331,7 +331,7 @@ def spoil_gradient(model, monkeypatch):
 @contextmanager
 def spoiled(spoil, step: int):
     "Something wrong with the update that follows `step` others."
-    real = optim.update
+    real = loop.update
     with pytest.MonkeyPatch.context() as patch:
         def update(model, *args):
             if args[5] == step:
@@ -886,7 +886,7 @@ def test_a_reader_that_goes_ends_no_run(tmp_path, command):
 
 
 def test_hnb_too_keeps_the_traceback_of_an_unforeseen_error(tmp_path):
-    code = "from hybrid_nb import pipeline; pipeline.app = lambda *a, **k: {}['hf_FakeFakeFake']; pipeline.main()"
+    code = "from hybrid_nb.cli import main; main.app = lambda *a, **k: {}['hf_FakeFakeFake']; main.main()"
     env = ENV | {"HF_TOKEN": "hf_FakeFakeFake", "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
     (log,) = tmp_path.glob("error-*.log")
