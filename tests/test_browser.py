@@ -117,7 +117,7 @@ def page(browser, tmp_path):
 
 
 def test_model_notebook_in_jupyterlab(page, lab):
-    check_cells(restart_and_run_all(page, lab, "nbs/03_orthogonal.ipynb"))
+    check_cells(restart_and_run_all(page, lab, "nbs/model/01_orthogonal.ipynb"))
 
 
 def test_train_notebook_in_jupyterlab(page, lab, copy):

@@ -111,7 +111,8 @@ def interrupted(config: Config, folder: Path, cache: Path, step: int):
 def lost_projector(patch):
     real = checkpoint.load_training_state_dict
     patch.setattr(Distillation, "load_state_dict", lambda self, state: None)
-    patch.setattr(loop, "load_training_state_dict", lambda groups, model, optimizer: isinstance(model, Distillation) or real(groups, model, optimizer))
+    patch.setattr(loop, "load_training_state_dict",
+                  lambda groups, model, optimizer: isinstance(model, Distillation) or real(groups, model, optimizer))
 
 
 def forgotten_parts(patch):

@@ -114,7 +114,8 @@ def test_a_run_in_an_empty_folder(installed):
     out = run([hnb, "run", "train", *SMALL], folder, env)
     report = folder / re.search(r"^report +(reports/train-smoke-\w{6}\.ipynb)$", out, re.M)[1]
     assert sorted(p.name for p in folder.iterdir()) == ["reports", "runs"]
-    assert sorted(p.name for p in report.parent.iterdir()) == sorted([report.name, f"{report.stem}.html", "index.html"])
+    made = [report.name, f"{report.stem}.html", f"{report.stem}.json", "index.html"]
+    assert sorted(p.name for p in report.parent.iterdir()) == sorted(made)
     assert "made again" in run([hnb, "verify", report], folder, env)
     (info,) = (folder / "runs").glob("train-smoke-*/run.json")
     info = json.loads(info.read_text())

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import nbformat
-
 from ..config.errors import ConfigError
 from ..config.yaml import shipped
 from ..runs.runs import check_name
@@ -86,6 +84,8 @@ def small_notebook(
     **about: str,  # of metadata.hybrid_nb
 ):
     "A notebook of a title, imports, the parameters cell and the given code cells, for examples and tests."
+    import nbformat
+
     v4, spec = nbformat.v4, {"name": "python3", "display_name": "python3", "language": "python"}
     about = {"pipeline": "train", "subject": "model"} | about
     imports = v4.new_code_cell("from typing import Literal\n\nfrom hybrid_nb.pipeline import Result")
