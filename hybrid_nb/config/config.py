@@ -26,7 +26,7 @@ from .errors import ConfigError, _check, _check_positive, _check_types, brief, c
 
 # %% ../../nbs/config/03_config.ipynb #04ad687a
 def _later(default) -> Any:
-    "An option that earlier versions had not: `asdict` leaves it out at its default, and their hashes and tables stay."
+    "A field that earlier versions lacked: `asdict` leaves it out at its default, so that older hashes and tables stay valid."
     return field(default=default, metadata={"later": True})
 
 # %% ../../nbs/config/03_config.ipynb #9c54eb05
@@ -44,13 +44,13 @@ QK_STATES = {True: "frozen-orthogonal", False: "orthogonal", None: "trainable"} 
 # %% ../../nbs/config/03_config.ipynb #508a0fe8
 def names_of(
     fields_of: Collection[str],  # names of fields
-) -> set[str]:  # and what else they are called
-    "All names that are understood where these fields are."
+) -> set[str]:  # these and their aliases
+    "All names under which a record with these fields is understood, aliases included."
     named = {alias for alias, name in ALIASES.items() if name in fields_of}
     return {*fields_of} | named | ({"freeze_qk"} if {"q", "k"} <= {*fields_of} else set())
 
 def _own_names(key: str, value: Any, names: Collection[str]) -> dict[str, Any]:
-    "A value under our own name for it, or under our names where it stands for several fields."
+    "A value under our name of its field, or values under several names where it stands for several fields."
     if key in names:
         return {key: _own_value(key, value)}
     if key == "freeze_qk" and {"q", "k"} <= {*names}:
@@ -62,31 +62,31 @@ def _own_names(key: str, value: Any, names: Collection[str]) -> dict[str, Any]:
 
 # %% ../../nbs/config/03_config.ipynb #7e24a613
 def agree(
-    found: dict[str, Any],  # what has been said of each field so far; is added to
+    found: dict[str, Any],  # the value of each field so far; changed in place
     name: str,  # of a field
     value: Any,
-    said: str,  # the value in the user's words, for the message
+    said: str,  # the value as the user wrote it, for the error message
 ):
-    "Adds what is said of a field; a contradiction is refused."
+    "Add the value of a field; ConfigError where it contradicts an earlier one."
     if name in found and found[name] != value:
         raise ConfigError(f"{said} contradicts {name}={brief(found[name])}")
     found[name] = value
 
 # %% ../../nbs/config/03_config.ipynb #ad65fc16
 def near_name(
-    key: Any,  # that a record lacks
-    names: Collection[str] = (),  # of its fields
+    key: Any,  # a name that a record lacks
+    names: Collection[str] = (),  # of the record's fields
     likeness: float = 0.6,
 ) -> str:
-    "The tail of a refusal: what another kind of model has, or the nearest name."
+    "The end of an error message: the kind of model that has the field, or the nearest name."
     return ": it is of another kind of model" if key in MODEL_NAMES else closest(key, names_of(names) | MODEL_NAMES, likeness)
 
 def understood(
     values: dict[str, Any],  # by any name
     names: Collection[str],  # of the fields
-    what: str,  # that has them, for the message
+    what: str,  # the record that has them, for the error message
 ) -> dict[str, Any]:  # by the fields' own names
-    "Values under our own names."
+    "Values under our own field names; ConfigError for a name that no field has."
     found = {}
     for key, value in values.items():
         for name, v in _own_names(key, value, names).items():
@@ -96,7 +96,7 @@ def understood(
     return found
 
 def _understanding(record: type) -> type:
-    "A record whose constructor understands every name of its fields."
+    "A record class whose constructor accepts every alias of its fields."
     plain, names = record.__init__, {f.name for f in fields(record)}
 
     @functools.wraps(plain)
@@ -120,40 +120,40 @@ class ModelConfig:
     n_kv_head: int | None = None  # heads of K and V; None: as many as n_head
     d_ff: int = 512
     vocab_size: int = 1024
-    max_seq_len: int = 256  # positions that the model is made for
-    ffn: Literal["gelu", "swiglu"] = "gelu"  # two matrices, or three
+    max_seq_len: int = 256  # positions that the model is built for
+    ffn: Literal["gelu", "swiglu"] = "gelu"  # two matrices (gelu) or three (swiglu)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     position: Literal["rope", "learned", "none"] = "rope"
     rope_theta: float = 10_000.0
     attn_bias: bool = False  # biases on q, k, v, o
     ffn_bias: bool = False
-    dropout: float = 0.0  # embeddings and the end of both branches
-    attn_dropout: float = 0.0  # attention probabilities
+    dropout: float = 0.0  # on embeddings and on the outputs of attention and feed-forward
+    attn_dropout: float = 0.0  # on attention probabilities
     tie_embeddings: bool = True  # the head is the transposed embedding
     q: Projection = "trainable"
     k: Projection = "trainable"
     v: Projection = "trainable"
     o: OutputProjection = "trainable"
-    ortho_method: Literal["per-head", "global"] = "per-head"  # one frame a head, or one matrix for all heads
-    ortho_shared: bool = False  # one frozen matrix a role for all layers
+    ortho_method: Literal["per-head", "global"] = "per-head"  # one orthonormal frame per head, or one matrix for all heads
+    ortho_shared: bool = False  # one frozen matrix per role, shared by all layers
     ortho_seed: int = 0  # frozen weights are a function of (ortho_seed, layer, role)
     init_std: float = 0.02
-    qk_norm: bool = _later(False)  # queries and keys have unit mean square in each head, times a learned scale a channel
-    qk_temperature: bool = _later(False)  # a learned factor of the scores, one a query head
-    qk_shift: bool = _later(False)  # the inputs of Q and K are mixed with the token before, a learned share a channel
-    qk_rank: int = _later(0)  # rank of a trainable correction beside each frozen Q and K; 0: none
+    qk_norm: bool = _later(False)  # RMSNorm of queries and keys in each head, with a learned scale per channel
+    qk_temperature: bool = _later(False)  # a learned factor of the scores, one per query head
+    qk_shift: bool = _later(False)  # queries and keys are mixed with those of the previous token, a learned share per channel
+    qk_rank: int = _later(0)  # rank of a trainable correction added to each frozen Q and K; 0: none
     rope_type: Literal["default", "linear", "ntk", "llama3", "yarn"] = _later("default")  # how RoPE is stretched beyond rope_original
-    rope_factor: float = _later(1.0)  # by how much; >= 1
+    rope_factor: float = _later(1.0)  # stretching factor, >= 1
     rope_original: int | None = _later(None)  # positions before stretching; None: max_seq_len / rope_factor
     n_routed_experts: int = _later(0)  # SwiGLU experts that a router chooses from; 0: dense
-    num_experts_per_tok: int = _later(2)  # of the routed ones
+    num_experts_per_tok: int = _later(2)  # routed experts per token
     n_shared_experts: int = _later(0)  # experts that see every token
     moe_d_ff: int | None = _later(None)  # inner width of an expert; None: d_ff
-    moe_layers: int | None = _later(None)  # how many layers have experts, the last ones; None: all
+    moe_layers: int | None = _later(None)  # number of layers with experts, counted from the last; None: all
     norm_topk_prob: bool = _later(True)  # the chosen experts' weights sum to 1
     aux_loss_alpha: float = _later(0.1)  # weight of the load-balancing loss
-    seq_aux: bool = _later(True)  # balance is measured in each sequence; False: in the whole batch, whose parts are then passed twice
+    seq_aux: bool = _later(True)  # balance is measured per sequence; False: over the whole batch, whose micro-batches then pass the model twice
 
     def __post_init__(self):
         _check_types(self)
@@ -203,7 +203,7 @@ class ModelConfig:
 
     @property
     def adapts_qk(self) -> bool:
-        "Whether anything trainable stands between the projections of Q and K and the scores."
+        "True where a trainable part lies between the projections of Q and K and the scores."
         return self.qk_norm or self.qk_temperature or self.qk_shift or self.qk_rank > 0
 
     @property
@@ -215,7 +215,7 @@ class ModelConfig:
         self,
         layer: int,  # from 0
     ) -> bool:
-        "Whether a layer's feed-forward network is a mixture of experts."
+        "True where a layer's feed-forward network is a mixture of experts."
         return self.n_routed_experts > 0 and layer >= self.n_layer - (self.moe_layers or self.n_layer)
 
     def state(
@@ -226,7 +226,7 @@ class ModelConfig:
         return getattr(self, role)
 
     def is_shared(self, role: str) -> bool:
-        "Whether all layers use one projection of this role."
+        "True where all layers share one projection of this role."
         return self.ortho_shared and self.state(role).startswith("frozen")
 
 # %% ../../nbs/config/03_config.ipynb #ac8245e3
@@ -234,28 +234,28 @@ class ModelConfig:
 @dataclass(frozen=True)
 class HybridConfig:
     "Shape and parts of a hybrid language model."
-    kind: Literal["hybrid"] = "hybrid"  # tells this record from a decoder's in a file
+    kind: Literal["hybrid"] = "hybrid"  # distinguishes this record from a decoder's in a file
     n_layer: int = 4
     d_model: int = 128
     n_head: int = 4
     n_kv_head: int | None = None  # heads of K and V; None: as many as n_head
     vocab_size: int = 1024
-    max_seq_len: int = 256  # positions that the model is made for
-    d_state: int = 64  # states a channel of the scan
-    d_conv: int = 4  # inputs that the causal convolution sees
-    expand: int = 2  # channels of the scan over d_model
+    max_seq_len: int = 256  # positions that the model is built for
+    d_state: int = 64  # states per channel of the scan
+    d_conv: int = 4  # width of the causal convolution's kernel
+    expand: int = 2  # channels of the scan, as a multiple of d_model
     dt_rank: int | None = None  # rank of the step sizes; None: d_model / 16, rounded up
-    window: int = 1024  # keys that a windowed head sees, the token's own included
+    window: int = 1024  # keys that a windowed head attends to, the token's own included
     first_window: int | None = None  # pyramidal: the window grows linearly from this in the first layer; None: window everywhere
-    global_heads: int = 1  # the last heads, which see all the past
+    global_heads: int = 1  # number of heads, the last ones, that attend to all of the past
     rope_theta: float = 10_000.0
     srte_encoding: Literal["learnable", "sincos", "none"] = "learnable"
     srte_share_across_layers: bool = True
     srte_factorized_rank: int = 0  # 0: a full table
     gate_rank: int = 256
-    mlp_ratio: int = 4  # inner width of the MLP over d_model
-    dropout: float = 0.0  # embeddings and the end of the MLP
-    attn_dropout: float = 0.0  # attention probabilities
+    mlp_ratio: int = 4  # inner width of the MLP, as a multiple of d_model
+    dropout: float = 0.0  # on embeddings and on the output of the MLP
+    attn_dropout: float = 0.0  # on attention probabilities
     branch_dropout: float = 0.0  # probability that a sample loses one of its two branches in a block
     gate_balance: float = 0.01  # weight of the loss that keeps the mean gate within 0.5 +- 0.1
     gate_entropy: float = 0.001  # weight of the gate's entropy, which is rewarded
@@ -306,19 +306,19 @@ class HybridConfig:
 
     @property
     def ffn_bias(self) -> bool:
-        "The MLP's matrices have biases."
+        "True: the MLP's matrices have biases."
         return True
 
     def window_at(
         self,
         layer: int,  # from 0
     ) -> int:
-        "Keys that a windowed head of one layer sees."
+        "Number of keys that a windowed head of a layer attends to."
         if self.first_window is None or layer == self.n_layer - 1:
             return self.window
         return self.first_window + (self.window - self.first_window) * layer // (self.n_layer - 1)
 
-MODEL_NAMES = names_of({f.name for record in (ModelConfig, HybridConfig) for f in fields(record)})  # understood of some kind of model
+MODEL_NAMES = names_of({f.name for record in (ModelConfig, HybridConfig) for f in fields(record)})  # of the fields of either kind of model
 
 # %% ../../nbs/config/03_config.ipynb #ac616a82
 @_understanding
@@ -326,8 +326,8 @@ MODEL_NAMES = names_of({f.name for record in (ModelConfig, HybridConfig) for f i
 class TrainConfig:
     "Optimizer, schedule, batch, precision and intervals of a run; lengths in tokens, intervals in steps."
     steps: int = 1000
-    batch_size: int = 16  # sequences a process and micro-batch
-    grad_accum: int = 1  # micro-batches a step
+    batch_size: int = 16  # sequences per process and micro-batch
+    grad_accum: int = 1  # micro-batches per step
     seq_len: int = 256
     lr: float = 1e-3  # peak, after the warm-up
     betas: tuple[float, float] = (0.9, 0.95)
@@ -339,9 +339,9 @@ class TrainConfig:
     min_lr_ratio: float = 0.1
     restart_interval: int = 100_000  # cosine-restarts
     power: float = 2.0  # polynomial
-    decay_fraction: float = 0.2  # constant-decay: the last share of the steps, in which lr falls linearly
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fastest that this machine shows, fp32 or bf16
-    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: where a run is long enough to earn it back
+    decay_fraction: float = 0.2  # constant-decay: share of the steps, at the end, over which lr falls linearly
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp32 or bf16, the faster one on this machine
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: where a run is long enough for compiling to pay off
     gradient_checkpointing: bool = False
     eval_interval: int = 100
     eval_batches: int = 0  # 0: the whole validation split
@@ -353,9 +353,9 @@ class TrainConfig:
     seed: int = 0
     optimizer: Literal["adamw", "adafactor"] = _later("adamw")
     grad_noise: float = _later(0.0)  # standard deviation of Gaussian noise on each gradient, over its root mean square; 0: none
-    grad_noise_after: float = _later(0.5)  # the share of the steps after which it sets in
-    late_dropout: float | None = _later(None)  # dropout after late_dropout_after; None: as before
-    late_dropout_after: float = _later(0.5)  # a share of the steps
+    grad_noise_after: float = _later(0.5)  # share of the steps after which the noise begins
+    late_dropout: float | None = _later(None)  # dropout from late_dropout_after on; None: unchanged
+    late_dropout_after: float = _later(0.5)  # share of the steps
 
     def __post_init__(self):
         _check_types(self)
@@ -374,13 +374,13 @@ class TrainConfig:
 @_understanding
 @dataclass(frozen=True)
 class DataConfig:
-    "Where text comes from and how it becomes tokens."
+    "Source of the text and its conversion to tokens."
     source: str = "grammar"  # 'grammar', a file or folder, or 'hf:owner/name'
-    text_key: str = "text"  # key of JSON lines, column of a hub data set
-    answer_key: str = _later("")  # key of answers: the text before them is then given, and only answers are learned; empty: none
+    text_key: str = "text"  # key in JSON lines, or column of a hub data set
+    answer_key: str = _later("")  # key of answers: text_key is then the prompt, and only answers are learned; empty: none
     tokenizer: str = "bpe"  # 'bpe' (trained on the text), a folder, or 'hf:owner/name'
-    bpe_vocab: int = 1024  # size of a tokenizer trained here; at most the model's vocabulary is used
-    valid_fraction: float = 0.05  # of documents held out where the source has no validation split
+    bpe_vocab: int = 1024  # vocabulary of a tokenizer trained here, capped at the model's
+    valid_fraction: float = 0.05  # share of documents held out where the source has no validation split
     grammar_stories: int = 24_000  # stories of the embedded corpus
     grammar_seed: int = 0
 
@@ -393,21 +393,21 @@ class DataConfig:
 @_understanding
 @dataclass(frozen=True)
 class DistillConfig:
-    "Distillation: keys and values of teachers as targets beside the next token."
+    "Distillation: keys and values of teachers as targets in addition to the next token."
     teachers: str = ""  # run folders, model folders or hf:owner/name, separated by commas; at least one
-    weights: str = "equal"  # of the teachers: 'equal', 'learned', or a number for each, separated by commas
-    kv_weight: float = 1.0  # of the loss of keys and values beside the cross-entropy
+    weights: str = "equal"  # weights of the teachers: 'equal', 'learned', or a number for each, separated by commas
+    kv_weight: float = 1.0  # weight of the loss of keys and values, added to the cross-entropy
     mse: float = 1.0  # coefficient of the squared error
     cosine: float = 0.0  # coefficient of 1 - cosine
     projector: Literal["elastic", "linear"] = "elastic"
-    mlp_ratio: float = 1.0  # hidden width of an elastic projector over the teacher's
+    mlp_ratio: float = 1.0  # hidden width of an elastic projector, as a multiple of the teacher's width
     dropout: float = 0.1  # inside an elastic projector
     init_method: Literal["xavier", "kaiming", "normal"] = "xavier"
-    layers: Literal["nearest", "interpolated"] = "nearest"  # which of a teacher's layers a layer of the student learns from
+    layers: Literal["nearest", "interpolated"] = "nearest"  # the teacher's layers that a layer of the student learns from
     projector_lr: float = 1e-3  # peak; the schedule is the student's
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the teachers' weights and arithmetic
     keep: Literal["fp32", "bf16", "fp16"] = "bf16"  # precision in which keys and values are kept on disk
-    cache_gib: float = 16.0  # that all kept keys and values may take; 0: teachers compute in every step
+    cache_gib: float = 16.0  # limit of the kept keys and values; 0: nothing is kept, teachers compute in every step
 
     def __post_init__(self):
         _check_types(self)
@@ -429,11 +429,11 @@ class DistillConfig:
 @_understanding
 @dataclass(frozen=True)
 class FinetuneConfig:
-    "Fine-tuning: training begins at the weights of a finished model."
+    "Fine-tuning: training starts from the weights of a finished model."
     start: str = ""  # a run's folder, a model's, or 'hf:owner/name'
-    rank: int = 8  # of the low-rank adapters (LoRA) that are trained in place of the weights; 0: every weight is trained
+    rank: int = 8  # rank of the low-rank adapters (LoRA) that are trained instead of the weights; 0: every weight is trained
     alpha: float = 16.0  # an adapter is scaled by alpha / rank
-    dropout: float = 0.0  # before an adapter
+    dropout: float = 0.0  # on the input of an adapter
     targets: str = ""  # modules that get adapters, by name, separated by commas; empty: every linear map that can have one
 
     def __post_init__(self):
@@ -448,7 +448,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class Config:
-    "Everything that decides a run's result."
+    "Everything that determines the result of a run."
     name: str = "smoke"
     model: ModelConfig | HybridConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -474,19 +474,19 @@ def config_hash(config) -> str:  # 64 hexadecimal digits
 
 # %% ../../nbs/config/03_config.ipynb #f1b75e0b
 def _field_map(model: type) -> dict[str, tuple[str, Any]]:
-    "Each bare field name: the record that has it, and its type."
+    "A map from bare field names to the record that has the field and the field's type."
     parts = {"model": model, "train": TrainConfig, "data": DataConfig}
     return {name: (part, hint) for part, cls in parts.items() for name, hint in typing.get_type_hints(cls).items()}
 
-FIELD_NAMES = MODEL_NAMES | names_of(_field_map(ModelConfig))  # what a field may be called where the record's name is left out
-_OPTIONAL = {"distill": DistillConfig, "finetune": FinetuneConfig}  # a configuration may lack them; their fields need the record's name
+FIELD_NAMES = MODEL_NAMES | names_of(_field_map(ModelConfig))  # names of fields that need no record's name before them
+_OPTIONAL = {"distill": DistillConfig, "finetune": FinetuneConfig}  # records that a configuration may lack; their fields need the record's name
 
 # %% ../../nbs/config/03_config.ipynb #dde9aeab
 def changed(
     model: ModelConfig | HybridConfig,
     changes: dict[str, Any],  # field: value, of the declared type
 ) -> ModelConfig | HybridConfig:
-    "A model with some fields replaced; what followed from a replaced field follows from the new one."
+    "A model with some fields replaced; fields derived from a replaced one are derived anew."
     if "n_head" in changes and model.n_kv_head == model.n_head:
         changes = {"n_kv_head": None} | changes
     if "d_model" in changes and getattr(model, "dt_rank", 0) == math.ceil(model.d_model / 16):

@@ -32,32 +32,32 @@ from ..runs.files import _digest, _sha256
 
 # %% ../../nbs/data/02_sources.ipynb #d5a042b7
 class Document(NamedTuple):
-    "A text and the split it belongs to."
+    "A text, its split, and where it has one its prompt."
     split: str  # 'train' or 'valid'
     text: str
     nats: float | None = None  # exact -log p, where the source knows it
-    prompt: str = ""  # what is given before the text: read, and not learned
+    prompt: str = ""  # context before the text: read, but not learned
 
 @dataclass(frozen=True)
 class Corpus:
     "Documents in a fixed order."
     name: str  # the source as the user wrote it
-    key: str  # SHA-256 of everything that decides the documents
+    key: str  # SHA-256 of everything that determines the documents
     documents: Callable[[], Iterator[Document]]
-    size: float | None = None  # bytes of text, about; None: not known before reading
-    entropy: float | None = None  # expected nats a document; None: not known
+    size: float | None = None  # approximate bytes of text; None: not known before reading
+    entropy: float | None = None  # expected nats per document; None: not known
     prompted: bool = False  # documents may have prompts
-    files: tuple[tuple[str, str | None], ...] = ()  # that are read, with their splits; None: hashes decide
-    left: tuple[tuple[str, str], ...] = ()  # what is not read, and why
-    hashed: Callable[[], bool] = lambda: True  # whether `valid_fraction` decides what is held out
-    empty: Counter[str] = field(default_factory=Counter, compare=False)  # by split: rows without an answer that the last reading left out
+    files: tuple[tuple[str, str | None], ...] = ()  # files that are read, with their splits; None: hashes decide
+    left: tuple[tuple[str, str], ...] = ()  # files that are not read, and why
+    hashed: Callable[[], bool] = lambda: True  # True where `valid_fraction` decides what is held out
+    empty: Counter[str] = field(default_factory=Counter, compare=False)  # by split: rows without an answer that the last pass left out
 
 # %% ../../nbs/data/02_sources.ipynb #526d1c4b
 def split_by_hash(
     text: str,
     valid_fraction: float,  # of the documents, in (0, 1)
 ) -> str:  # 'train' or 'valid'
-    "The split of a document, from its content alone."
+    "The split of a document, determined by its content alone."
     draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return "valid" if draw < valid_fraction * 2**64 else "train"
 
@@ -70,11 +70,11 @@ END = "<|endoftext|>"
 _END = re.compile(re.escape(END.encode()))
 
 class FileFacts(NamedTuple):
-    "What one pass over a file tells."
+    "Facts of a text file that one pass over it finds."
     sha256: str  # of the text, decompressed
     size: int  # bytes of text
-    marked: bool  # whether END separates documents
-    lined: bool  # whether every END has a line of its own
+    marked: bool  # True where END separates documents
+    lined: bool  # True where every END has a line of its own
 
 def _chunks(path: Path) -> Iterator[bytes]:
     with (gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")) as file:
@@ -82,10 +82,10 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 class _Markers:
-    "Looks for END in a text that comes in chunks."
+    "A search for END in a text that arrives in chunks."
 
     def __init__(self):
-        self.tail, self.marked, self.lined = b"\n", False, True  # the tail begins with a byte that was looked at
+        self.tail, self.marked, self.lined = b"\n", False, True  # the tail begins with a byte that was already searched
 
     def read(self, chunk: bytes):
         text = self.tail + chunk
@@ -97,7 +97,7 @@ class _Markers:
 def scan(
     path: Path,  # .txt or .jsonl, also .gz
 ) -> FileFacts:
-    "Checks a text file and returns its facts."
+    "Check a text file and return its facts."
     digest, decoder, size, lines, markers = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0, 1, _Markers()
     try:
         for chunk in _chunks(path):
@@ -124,7 +124,7 @@ def _open_text(path: Path) -> TextIO:
     return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
 def _lines(file: TextIO, longest: int) -> Iterator[str]:
-    "Lines, cut where they are longer than that, but never within END."
+    "Lines, cut after `longest` characters, but never within END."
     rest = ""
     while line := file.readline(longest):
         line, rest = rest + line, ""
@@ -155,7 +155,7 @@ def text_documents(
 
 # %% ../../nbs/data/02_sources.ipynb #71573e6e
 def _field(row: Any, key: str, where: str) -> str:
-    "The text of a row, or an error that names the keys there are."
+    "The text of a row; the error for a missing key names the keys that exist."
     if not isinstance(row, dict) or key not in row:
         keys = [k[:40].encode(errors="backslashreplace").decode() for k in list(row)[:20]] if isinstance(row, dict) else []
         raise DataError(f"{where} has no key {key!r}{closest(key, keys)}; its keys are: {', '.join(keys) or 'none'}")
@@ -169,13 +169,13 @@ def _field(row: Any, key: str, where: str) -> str:
     return text
 
 def _prompted(row: Any, data: DataConfig, where: str) -> tuple[str, str]:  # prompt, with the line break that ends it, and answer
-    "A row of questions and answers."
+    "The prompt and the answer of a row."
     return _field(row, data.text_key, where) + "\n", _field(row, data.answer_key, where)
 
 def json_rows(
     path: Path,  # .jsonl or .jsonl.gz
-) -> Iterator[tuple[str, Any]]:  # where it stands, and what it holds
-    "The lines of a file of JSON lines."
+) -> Iterator[tuple[str, Any]]:  # place in the file, and content
+    "The rows of a file of JSON lines."
     with _open_text(path) as file:
         for n, line in enumerate(file, 1):
             if line.strip():
@@ -198,7 +198,7 @@ _SPLITS = {"train": "train training", "valid": "valid val validation", "held": "
            "test": "test testing"}
 
 def _ends(path: Path, *suffixes: str) -> bool:
-    "Whether a name ends so, in whatever case."
+    "True where a file name has one of the suffixes, in any case."
     return path.name.lower().endswith(suffixes)
 
 def _is_json(path: Path) -> bool:
@@ -206,8 +206,8 @@ def _is_json(path: Path) -> bool:
 
 def named_splits(
     name: str,  # of a file
-) -> list[str]:  # of 'train', 'valid', 'held' (other words for held out) and 'test'
-    "The splits that a name says; none for most names."
+) -> list[str]:  # of 'train', 'valid', 'held' (synonyms of held out) and 'test'
+    "The splits that a file name mentions; empty for most names."
     words = [word.lower().removesuffix("set") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
     words += [a + b for a, b in zip(words, words[1:], strict=False)]  # held-out
     return [split for split, known in _SPLITS.items() if {*known.split()} & {*words}]
@@ -217,8 +217,8 @@ def _holds_text(folder: Path) -> bool:
 
 def _choose(
     texts: list[Path],
-) -> tuple[dict[Path, str], list[tuple[str, str]]]:  # the split of each file that is read; the others, and why not
-    "Which files of a folder are read."
+) -> tuple[dict[Path, str], list[tuple[str, str]]]:  # the split of each file that is read; the other files, with reasons
+    "The files of a folder that are read, with their splits, and the others with reasons."
     for f in texts:
         if "train" in (says := named_splits(f.name)) and len(says) > 1:
             raise DataError(f"{f} says {' and '.join(says)}: a name must say one split, or none")
@@ -232,7 +232,7 @@ def _choose(
 
 def text_files(
     path: Path,  # a file or a folder
-) -> tuple[dict[Path, str | None], list[tuple[str, str]]]:  # split of each file, None where hashes decide; what is not read, and why
+) -> tuple[dict[Path, str | None], list[tuple[str, str]]]:  # split of each file, None where hashes decide; other files, with reasons
     "The text files of a source."
     if not path.is_dir():
         if not _ends(path, *_SUFFIXES):
@@ -255,7 +255,7 @@ def text_files(
 
 # %% ../../nbs/data/02_sources.ipynb #c28e1ddc
 def _check_exists(path: Path):
-    "Names what comes nearest to a path that does not exist."
+    "Raise for a path that does not exist; the message names the nearest one."
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
@@ -269,7 +269,7 @@ def prompted_documents(
     data: DataConfig,  # its text_key names the prompts, its answer_key the answers
     split: str | None = None,  # None: the hash of a prompt decides
 ) -> Iterator[Document]:
-    "Prompts with their answers, empty ones too."
+    "Prompts with their answers, including empty answers."
     if not _is_json(path):
         raise DataError(f"answer_key={data.answer_key!r} needs JSON lines, and {path} is none")
     for where, row in json_rows(path):
@@ -278,9 +278,9 @@ def prompted_documents(
 
 def answered(
     documents: Callable[[], Iterable[Document]],  # of all rows
-    empty: Counter[str],  # by split, counted anew
+    empty: Counter[str],  # by split, reset and counted again
 ) -> Iterator[Document]:
-    "The documents with something to learn; rows without an answer are counted."
+    "The documents with an answer to learn; rows without one are counted."
     empty.clear()
     for document in documents():
         if document.text.strip():
@@ -307,7 +307,7 @@ def file_corpus(data: DataConfig) -> Corpus:
 
     kinds = [(_is_json(f), split, facts.sha256) for f, split, facts in files]
     size = sum(facts.size for *_, facts in files)
-    kept = not any(_is_json(f) or not facts.lined for f, _, facts in files)  # keys made before markers were text, or within a line
+    kept = not any(_is_json(f) or not facts.lined for f, _, facts in files)  # keys of earlier versions, in which END was not text and had a line of its own
     key = _digest("files", kinds, data.text_key, data.valid_fraction, *filter(None, [data.answer_key]), *([] if kept else [["markers"]]))
     names, empty = tuple((f.name, split) for f, split in read.items()), Counter()
     return Corpus(data.source, key, partial(answered, documents, empty), size, prompted=bool(data.answer_key), files=names,
@@ -315,7 +315,7 @@ def file_corpus(data: DataConfig) -> Corpus:
 
 # %% ../../nbs/data/02_sources.ipynb #c9d71225
 def _load_hub(name: str) -> dict[str, Iterable[dict]]:
-    "The splits of a data set of the hub; `datasets` is imported nowhere else."
+    "The splits of a data set of the hub; the only place that imports `datasets`."
     try:
         import datasets
     except ImportError:
@@ -356,7 +356,7 @@ def hub_corpus(data: DataConfig) -> Corpus:
 
 # %% ../../nbs/data/02_sources.ipynb #9dba206b
 def grammar_corpus(data: DataConfig) -> Corpus:
-    "The embedded corpus: stories to train on, and valid_fraction times as many to validate."
+    "The embedded corpus: training stories, and valid_fraction times as many for validation."
     count = {"train": data.grammar_stories, "valid": math.ceil(data.grammar_stories * data.valid_fraction)}
 
     def documents():

@@ -33,14 +33,14 @@ from ..runs.files import _digest
 
 # %% ../../nbs/data/04_tokens.ipynb #cbf45e42
 class ShardWriter:
-    "Appends tokens of one split to files, and counts them."
+    "A writer that appends the tokens of one split to files and counts them."
 
     def __init__(
         self,
         folder: Path,
-        split: str,  # start of the files' names
-        vocab_size: int,  # decides between 16 and 32 bits
-        shard_tokens: int,  # tokens a file
+        split: str,  # prefix of the file names
+        vocab_size: int,  # determines 16 or 32 bits per token
+        shard_tokens: int,  # tokens per file
     ):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -66,7 +66,7 @@ class ShardWriter:
 
 # %% ../../nbs/data/04_tokens.ipynb #614bcb0f
 def _stamp(file: int | Path) -> tuple[int, int, int]:
-    "What tells a file from another, and from itself when it was written to."
+    "An identity of a file that changes when the file is replaced or written to."
     stat = os.stat(file)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -90,7 +90,7 @@ class Shards:
         return self.starts[-1]
 
     def __getitem__(self, where: slice) -> np.ndarray:  # int64
-        "A contiguous stretch of tokens, across files."
+        "A contiguous range of tokens, across files."
         start, stop, _ = where.indices(len(self))
         ends = enumerate(pairwise(self.starts))
         parts = [self._read(n, max(start - a, 0), min(stop, b) - a) for n, (a, b) in ends if a < stop and start < b]
@@ -99,7 +99,7 @@ class Shards:
     def _read(self, n: int, start: int, stop: int) -> np.ndarray:
         "Tokens of one file."
         path, file, width = self.paths[n], self.files[n], self.dtype.itemsize
-        now = [_stamp(file)] + ([_stamp(path)] if path.exists() else [])  # an open file can be read when it is removed
+        now = [_stamp(file)] + ([_stamp(path)] if path.exists() else [])  # an open file can still be read after its removal
         tokens = np.empty(max(stop - start, 0), self.dtype)
         if any(stamp != self.stamps[n] for stamp in now) or os.preadv(file, [tokens], start * width) != tokens.nbytes:
             raise DataError(f"{path} was cut, replaced or written to while it was read; remove the folder {path.parent} to make it again")
@@ -128,7 +128,7 @@ def encoded(
 
 # %% ../../nbs/data/04_tokens.ipynb #416a5921
 def _write_tokens(source: Corpus, tokenizer: Tokenizer, shard_tokens: int, into: Path) -> dict[str, Any]:
-    "Fills a folder with a corpus's tokens and returns the manifest's facts."
+    "Fill a folder with the tokens of a corpus and return the facts for the manifest."
     end, vocab_size = tokenizer.token_to_id(END), token_count(tokenizer)
     writers = {split: ShardWriter(into, split, vocab_size, shard_tokens) for split in ("train", "valid")}
     given = {split: ShardWriter(into, f"given-{split}", 2, shard_tokens) for split in writers if source.prompted}
@@ -171,8 +171,8 @@ def _write_tokens(source: Corpus, tokenizer: Tokenizer, shard_tokens: int, into:
 # %% ../../nbs/data/04_tokens.ipynb #3039744c
 def token_bytes(
     tokenizer: Tokenizer,
-) -> np.ndarray:  # (V,) int64; exact for a tokenizer of bytes
-    "The bytes of text that each token spells."
+) -> np.ndarray:  # (V,) int64; exact for a byte-level tokenizer
+    "The number of bytes of text that each token spells."
     added, of_bytes = tokenizer.get_added_tokens_decoder(), "ByteLevel" in repr(tokenizer.decoder)
     found = np.zeros(token_count(tokenizer), np.int64)
     for token, n in tokenizer.get_vocab().items():
@@ -199,8 +199,8 @@ def step_windows(
     config: TrainConfig,
     rank: int = 0,  # of this process
     world_size: int = 1,
-) -> np.ndarray:  # (A, B) numbers of windows
-    "Which windows a process sees at a step."
+) -> np.ndarray:  # (A, B) window indices
+    "The windows that a process sees at a step."
     if step < 0 or not 0 <= rank < world_size:
         raise ValueError(f"step={step} must not be negative, and rank={rank} must lie in [0, world_size={world_size})")
     A, B = config.grad_accum, config.batch_size
@@ -215,10 +215,10 @@ def step_windows(
 # %% ../../nbs/data/04_tokens.ipynb #debfa81a
 @dataclass(frozen=True, eq=False)
 class TokenData:
-    "Prepared tokens of a source, and their batches."
-    folder: Path  # holds tokenizer.json too
+    "The prepared tokens of a source, and their batches."
+    folder: Path  # also holds tokenizer.json
     source: str
-    tokenizer: str  # as the configuration names it
+    tokenizer: str  # name in the configuration
     tokenizer_sha256: str
     vocab_size: int  # of the tokenizer
     fingerprint: str  # SHA-256 over tokens and tokenizer
@@ -228,34 +228,34 @@ class TokenData:
     valid_documents: int
     valid_bytes: int  # of text, for bits per byte
     unigram_nats: float  # entropy of the validation tokens' frequencies
-    floor_nats: float | None  # a token: loss of the true generator on the validation split; None: unknown
-    expected_floor_nats: float | None  # the same in expectation
+    floor_nats: float | None  # per token: loss of the true generator on the validation split; None: unknown
+    expected_floor_nats: float | None  # per token: expected loss of the true generator; None: unknown
     train: Shards
     valid: Shards
     given_train: Shards | None = None  # 1 where a token belongs to a prompt; None: there are no prompts
     given_valid: Shards | None = None
-    answer_tokens: int | None = None  # of the validation split, those to be predicted; None: all
-    empty_answers: int = 0  # rows that were left out
-    reading: tuple[dict[str, Any], ...] = ()  # what was read for each split, and what was not
+    answer_tokens: int | None = None  # tokens of the validation split that are to be predicted; None: all
+    empty_answers: int = 0  # rows left out because their answer is empty
+    reading: tuple[dict[str, Any], ...] = ()  # files read for each split, and those not read
 
     @property
     def valid_targets(self) -> int:
-        "Tokens of the validation split that are to be predicted."
+        "The number of tokens of the validation split that are to be predicted."
         return self.valid_tokens if self.answer_tokens is None else self.answer_tokens
 
     def info(self) -> dict[str, Any]:
-        "What a run records about its data."
+        "The facts about its data that a run records."
         names = ("fingerprint", "source", "tokenizer", "tokenizer_sha256", "vocab_size", "train_tokens", "valid_tokens",
                  "train_documents", "valid_documents", "valid_bytes", "floor_nats", "unigram_nats")
         return {name: getattr(self, name) for name in names} | {"reading": list(self.reading)}
 
     @cached_property
     def token_bytes(self) -> np.ndarray:  # (V,) int64
-        "The bytes that each token spells."
+        "The number of bytes that each token spells."
         return token_bytes(load_tokenizer(self.folder))
 
     def spelled(self, start: int, stop: int) -> int:
-        "Bytes that the validation split's tokens start to stop spell, without prompts."
+        "The number of bytes that validation tokens start to stop spell, without prompts."
         total = 0
         for a in range(start, stop, 1 << 20):
             here = slice(a, min(a + (1 << 20), stop))
@@ -269,7 +269,7 @@ class TokenData:
         seq_len: int,
         limit: int = 0,  # batches at most; 0: the whole split
     ) -> float:  # of UTF-8 text
-        "Bytes of the text that `valid_batches` gives as targets."
+        "The number of bytes of the text that `valid_batches` yields as targets."
         stop = min(limit * batch_size * seq_len + 1 if limit else self.valid_tokens, self.valid_tokens)
         return self.valid_bytes * self.spelled(1, stop) / max(self.spelled(0, self.valid_tokens), 1)
 
