@@ -28,13 +28,13 @@ def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    "Steps and values of one figure, as far as it was recorded and is finite."
+    "Steps and values of one field of the records, where it was recorded and is finite."
     points = [(r["step"], r[name]) for r in records if _finite(r.get(name))]
     return [s for s, _ in points], [v for _, v in points]
 
 # %% ../../nbs/report/04_curves.ipynb #1dfd1dd8
 def headline(run) -> dict[str, Any]:
-    "The numbers of a run; None where a number is not known."
+    "The headline numbers of a run; None where a number is not known."
     info, data, resolved, params = run.info, run.info["data"], run.info["resolved"], count_params(run.config)
     train, evals = run.records("train"), run.records("eval")
     names = ("loss", "val_loss", "bits_per_byte", "memory_gib")
@@ -75,7 +75,7 @@ PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "
 LEVELS = {"grad_norm": {10.0: "normal below 10", 100.0: "alarm above 100"}}
 
 def draw_curves(run) -> Figure:
-    "Perplexity, and below it learning rate, gradient norm, throughput and memory."
+    "Draw perplexity, and below it learning rate, gradient norm, throughput and memory."
     figure = Figure(figsize=(9.6, 5.6))
     grid = figure.add_gridspec(2, 4, height_ratios=(2.2, 1), left=0.085, right=0.985, top=0.985, bottom=0.085,
                                hspace=0.38, wspace=0.4)
@@ -104,7 +104,7 @@ def plot_curves(run) -> Picture:
 
 # %% ../../nbs/report/04_curves.ipynb #488f6ef8
 def draw_gates(run) -> Figure:
-    "Each layer's mean gate as training went on, and its spread at the end."
+    "Draw each layer's mean gate during training, and its spread at the end."
     records = run.records("gates")
     steps, layers = [r["step"] for r in records], range(len(records[-1]["mean"]))
     figure = Figure(figsize=(9.6, 3.0), layout="constrained")
@@ -144,7 +144,7 @@ def _routed_layers(run) -> range:
     return range(n - len(run.records("routing")[-1]["share"]), n)
 
 def draw_routing(run) -> Figure:
-    "Each expert's share of a layer's choices at the end, and the largest share as training went on."
+    "Draw each expert's share of a layer's choices at the end, and the largest share during training."
     records, layers = run.records("routing"), list(_routed_layers(run))
     steps, last = [r["step"] for r in records], records[-1]["share"]
     experts = len(last[0])
@@ -171,7 +171,7 @@ def draw_routing(run) -> Figure:
     return figure
 
 def routing_table(run) -> Table:
-    "How the load is spread over the experts of every layer at the last evaluation."
+    "The load of the experts of every layer at the last evaluation."
     rows = []
     for layer, shares in zip(_routed_layers(run), run.records("routing")[-1]["share"], strict=True):
         entropy = -sum(s * math.log(s) for s in shares if s > 0)
@@ -182,7 +182,7 @@ def routing_table(run) -> Table:
     return Table(rows, {"entropy (nats)": "{:.4f}", "of equal use": "{:.1%}", "its share": "{:.1%}", "smallest share": "{:.1%}"})
 
 def routing_section(run) -> list:  # what to display; empty for a model without experts
-    "Heading, picture and table of how tokens are routed to experts."
+    "Heading, picture and table of the routing of tokens to experts."
     if not run.records("routing"):
         return []
     most = ", ".join(f"{max(row):.3f}" for row in run.records("routing")[-1]["share"])
@@ -196,7 +196,7 @@ PART_COLORS = {"SRTE": "#d55e00", "embedding": "#56b4e9", "head": "#56b4e9", "Ma
 def draw_parts(
     counts: dict[str, dict[str, int]],  # by model: parameters by part, as `hybrid.count_parts` gives them
 ) -> Figure:
-    "Stacked bars of parameters."
+    "Draw the parameters of several models by part, as stacked bars."
     figure = Figure(figsize=(9.6, 0.9 + 0.42 * len(counts)), layout="constrained")
     ax, most = figure.subplots(), max(sum(parts.values()) for parts in counts.values())
     for y, parts in enumerate(counts.values()):
@@ -218,5 +218,5 @@ def draw_parts(
     return figure
 
 def plot_parts(counts: dict[str, dict[str, int]]) -> Picture:
-    "The bars as a picture."
+    "Stacked bars of parameters as a picture."
     return Picture(draw_parts(counts), "; ".join(f"{name} {sum(parts.values()):,}" for name, parts in counts.items()))

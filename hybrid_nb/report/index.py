@@ -25,7 +25,7 @@ def read_notebook(
     path: Path,
     constants: bool = False,  # NaN and infinity, which a failed notebook may hold
 ):  # notebook node; RunError in one line where it is none
-    "A notebook that nobody vouches for."
+    "Read an untrusted notebook."
     import nbformat
     from nbformat.v4.rwbase import rejoin_lines
 
@@ -43,14 +43,14 @@ def read_notebook(
             warnings.simplefilter("ignore")
             nbformat.validate(nb)
         return rejoin_lines(nbformat.from_dict(nb))
-    except Exception as error:  # of whatever kind: the file is a stranger's
+    except Exception as error:  # of any kind: the file is untrusted
         raise RunError(f"{path} is no notebook: {_short(_line(error) or type(error).__name__, 200)}", BAD_DATA) from None
 
 # %% ../../nbs/report/12_index.ipynb #dfba2554
 def report_data(
     report: str | Path,  # a published notebook, its page, or its data
 ) -> dict[str, Any]:  # title, parameters and the result, with the records that it was made from
-    "The data of a report, which lie beside it; RunError where there are none."
+    "Read the data of a report from the file beside it; RunError where there is none."
     path = Path(report).with_suffix(".json")
     if not path.is_file():
         raise RunError(f"no report {report}" if not Path(report).is_file() else f"{report} has no data {path.name} beside it", BAD_DATA)
@@ -61,7 +61,7 @@ def report_data(
     return data
 
 def _report_row(path: Path) -> dict[str, Any] | None:
-    "What the index says of one report; None where the file is no report's data."
+    "One report as a row of data for the index; None where the file is no report's data."
     try:
         data = report_data(path)
     except RunError:
@@ -75,7 +75,7 @@ def _report_row(path: Path) -> dict[str, Any] | None:
 def read_reports(
     reports: str | Path,  # folder
 ) -> list[dict[str, Any]]:  # path of the notebook, title, parameters and the result
-    "The reports of a folder, in order of their names."
+    "Read the reports of a folder, in order of their names."
     return [row for path in sorted(Path(reports).glob("*.json")) if (row := _report_row(path))]
 
 # %% ../../nbs/report/12_index.ipynb #f3b65071
@@ -83,7 +83,7 @@ _FIRST = {"way_percent": "% of the way", "val_ppl": "val PPL", "floor_ppl": "flo
           "params": "parameters"}  # of a training run
 
 def _found(row: dict[str, Any]) -> str:
-    "The numbers of a report to list."
+    "The numbers of a report as text for the index."
     headline = {k: v for k, v in row["headline"].items() if v is not None}
     shown = {name: headline[k] for k, name in _FIRST.items() if k in headline} or dict([*headline.items()][:12])
     return "; ".join([f"{k}: {_number_text(v)}" for k, v in shown.items()] + ["a short trial"] * bool(row.get("trial")))
@@ -106,7 +106,7 @@ def _index_row(row: dict[str, Any]) -> str:
 def write_index(
     reports: str | Path,  # folder
 ) -> Path:
-    "Writes index.html over the reports of a folder."
+    "Write index.html of the reports of a folder."
     head = "".join(f"<th>{h}</th>" for h in ("report", "pipeline", "subject", "verdict", "found", "commit", ""))
     rows = "\n".join(map(_index_row, read_reports(reports)))
     table = f'<table class="index"><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
@@ -138,7 +138,7 @@ def results_table(
 def read_report(
     report: str | Path,  # a published notebook
 ):  # notebook node; RunError where it is none
-    "The notebook of a report."
+    "Read the notebook of a report."
     nb = read_notebook(Path(report))
     problem = report_problem(nb)
     if problem:
@@ -148,7 +148,7 @@ def read_report(
 def read_result(
     report: str | Path,  # a published notebook
 ) -> dict[str, Any]:
-    "The data of a report that stores the records that it was made from."
+    "Read the data of a report that stores the records that it was made from."
     data = report_data(report)
     if not {"bundle", "results"} <= data.keys():
         raise RunError(f"{report} holds times measured on the spot and stores no run to verify", BAD_DATA)

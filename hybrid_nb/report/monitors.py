@@ -15,7 +15,7 @@ from ..train.optim import highest_lr, lr_at
 
 # %% ../../nbs/report/05_monitors.ipynb #dc4cbed7
 class Alarm(NamedTuple):
-    "What one monitor says of a run."
+    "The finding of one monitor on a run."
     monitor: str
     state: str  # 'ok', 'warn', 'alarm', or 'unknown' without records
     value: str  # what was seen
@@ -85,7 +85,7 @@ MONITORS = {
 }
 
 def alarms(run) -> list[Alarm]:
-    "The monitor of document 001, section 7."
+    "The findings of the five monitors of document 001, section 7."
     def seen(watch):
         return watch(run) if run.records("train") else ("unknown", "no records")
 

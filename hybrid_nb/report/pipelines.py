@@ -22,7 +22,7 @@ from ..runs.runs import check_name
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
 
 def _hint(node: ast.expr) -> Any:
-    "The type that an annotation stands for: a scalar, a list of one, a Literal, one of these or None; else Any."
+    "The type that an annotation stands for: a scalar, a list of scalars, a Literal, one of these or None; else Any."
     match node:
         case ast.Name(id=name) if name in _SCALARS:
             return _SCALARS[name]
@@ -96,7 +96,7 @@ def small_notebook(
 
 # %% ../../nbs/report/08_pipelines.ipynb #42bc6fb9
 def _metadata_of(name: str) -> dict[str, Any]:
-    "What the pipeline of that name that came with the package says of its reports; empty where there is none."
+    "Metadata of the package's own pipeline of a name; empty where there is none."
     path = shipped() / "pipelines" / f"{name}.ipynb"
     return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("hybrid_nb", {}) if path.is_file() else {}
 
@@ -109,7 +109,7 @@ def _shows_result(nb) -> str | None:
 def opt_in(
     nb,  # notebook node
 ) -> dict[str, str] | None:  # pipeline and subject; None where the notebook says nothing
-    "What a notebook says of its reports, in its metadata or, where those were lost, as the pipeline that its result names."
+    "Pipeline and subject of a notebook, from its metadata or, where those were lost, from the pipeline that its result names."
     about = nb.metadata.get("hybrid_nb")
     if not isinstance(about, dict) or "pipeline" not in about:
         about = _metadata_of(_shows_result(nb) or "")

@@ -83,29 +83,29 @@ def run_folder(
 
 # %% ../../nbs/report/07_run.ipynb #396970c3
 def _flat(value: Any, name: str = "") -> dict[str, str]:
-    "Nested dictionaries as one, names joined; hashes by their first 12 digits."
+    "Flatten nested dictionaries, with joined names; hashes are cut to their first 12 digits."
     if isinstance(value, dict):
         return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name} {key}".strip()).items()}
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(_round(value))
     return {} if value is None else {name: text[:12] if len(text) in (40, 64) and text.isalnum() else text}
 
 def provenance_table(run) -> Table:
-    "Code, versions, machine, data and hashes behind a run."
+    "Code, versions, machine, data and hashes of a run."
     shown = {k: v for k, v in run.info.items() if k not in ("config", "params", "trial", "matmul_flops")}
     return Table([{"what": k, "value": v} for k, v in _flat(shown).items()])
 
 def samples_table(run) -> Table:
-    "Text that the model wrote as training went on."
+    "Text that the model wrote during training."
     return Table([{n: r[n] for n in ("step", "prompt", "text")} for r in run.records("sample")], {"step": "{:,}"})
 
 # %% ../../nbs/report/07_run.ipynb #70d1c2ea
 def _read_quietly(folder: Path):
-    "The run in a folder; None where it cannot be read."
+    "Load the run in a folder; None where it cannot be read."
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return load_run(folder)
 
 def find_reference(run) -> dict[str, Any] | None:  # 'name' and 'val_loss'; None: a floor is known, or there is none
-    "The best other finished run beside a run that was evaluated on the same windows of the same tokens."
+    "The best other finished run in the same folder that was evaluated on the same windows of the same tokens."
     def windows(other):
         t = other.config.train
         return other.info["data"].get("fingerprint"), t.seq_len, t.eval_batches * t.batch_size
@@ -135,14 +135,14 @@ def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
     return as_results(found, verdict(run, reference), tables, {name: found[name] for name in SUMMARY})
 
 def results(run, reference: dict[str, Any] | None = None) -> dict[str, Any]:
-    "What `recompute` gives for the bundle of a run."
+    "Headline numbers, verdict and tables of a run, computed from its bundle."
     return recompute(bundle(run, reference))
 
 def former_results(
     then: dict[str, Any],  # results as stored
     now: dict[str, Any],  # as made again
 ) -> dict[str, Any] | None:  # None: `then` is not of the former rule
-    "What can be made again of a training run that was given PASS, FAIL or INCONCLUSIVE, as runs were before they had words of their own."
+    "Results recomputed for a training run of an earlier version, which has PASS, FAIL or INCONCLUSIVE as its verdict."
     if then.get("verdict") not in ("PASS", "FAIL", "INCONCLUSIVE"):
         return None
     kept = {part: {k: v for k, v in now[part].items() if k != "way_percent"} for part in ("headline", "summary")}
@@ -151,23 +151,23 @@ def former_results(
 
 # %% ../../nbs/report/07_run.ipynb #24a86a72
 class LiveReport(ProgressLines):
-    "Progress of a run as it trains: lines for a terminal, and one figure that is drawn anew in a notebook."
+    "Progress of a run as it trains: lines for a terminal, and one figure that is redrawn in a notebook."
 
     def __init__(
         self,
-        min_seconds: float = 2.0,  # between two drawings
+        min_seconds: float = 2.0,  # between two redraws
     ):
         super().__init__()
         self.min_seconds, self.due, self.handle = min_seconds, -math.inf, None
 
     def tell(self, run):
-        "Shows what is new in a run."
+        "Show what is new in a run."
         if time.monotonic() >= self.due:
             self.draw(run)
         super().tell(run)
 
     def draw(self, run):
-        "Draws the curves, where there is a notebook to draw in."
+        "Redraw the curves, where the process runs in a notebook."
         if get_ipython() is None:
             return
         began, picture = time.monotonic(), plot_curves(run)

@@ -64,7 +64,7 @@ def tensor_hash(tensors: dict) -> str:
     return digest.hexdigest()
 
 def tensor_forms(tensors: dict) -> dict[str, list]:  # name: type and sizes, as a manifest has them
-    "What tensors are, without their numbers."
+    "Types and sizes of tensors, without their values."
     return {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()}
 
 def _manifest_hash(manifest: dict[str, Any]) -> str:
@@ -116,18 +116,18 @@ def save_checkpoint(
 # %% ../../nbs/train/03_checkpoint.ipynb #e5ca4441
 @dataclass
 class Checkpoint:
-    "What a checkpoint folder holds."
+    "The content of a checkpoint folder."
     path: Path
     step: int
     groups: dict[str, dict]  # file name: tensors by name
     state: dict[str, Any]
 
     def refuse(self, what: str):
-        "Raise, with what is wrong."
+        "Raise an error that says what is wrong with the checkpoint."
         raise RunError(f"checkpoint {self.path} {what}", BAD_DATA)
 
     def expect(self, group: str, forms: dict[str, list]):
-        "Raise unless a group holds tensors of just these names, types and sizes."
+        "Raise unless a group holds tensors of exactly these names, types and sizes."
         there = tensor_forms(self.groups.get(group, {}))
         for name in sorted(forms.keys() | there.keys()):
             (has, wants) = (" x ".join(map(str, of[name])) if name in of else "nothing" for of in (there, forms))
@@ -148,7 +148,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]):
             raise RunError(f"checkpoint {path} names a file {name!r}, which no checkpoint has", BAD_DATA)
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    "One checkpoint, every byte of it verified against its manifest."
+    "Read one checkpoint and verify every byte of it against its manifest."
     from safetensors.torch import load_file
 
     try:
@@ -181,7 +181,7 @@ def latest_checkpoint(
     agree: Callable[[bool], bool] = bool,  # whether all processes can read it, where several look; each calls it as often
     paths: list[Path] | None = None,  # those to look at, the newest first; None: as this process finds them
 ) -> tuple[Checkpoint | None, list[str]]:  # the newest good one, and why newer ones were passed over
-    "The newest checkpoint that verifies."
+    "Find the newest checkpoint that passes verification."
     skipped = []
     for path in checkpoints(folder) if paths is None else paths:
         try:
@@ -208,7 +208,7 @@ def changed_weights(model: nn.Module) -> dict[str, Tensor]:
 
 # %% ../../nbs/train/03_checkpoint.ipynb #654376dd
 def training_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    "Everything of model and optimizer that a step changes, as named tensors, each whole."
+    "Everything in model and optimizer that a step changes, as whole tensors by name."
     weights = {name: _saved(t) for name, t in changed_weights(model).items()}
     states = optimizer.gather() if hasattr(optimizer, "gather") else optimizer.state
     moments = {f"{name}.{key}": _saved(value) for name, p in model.named_parameters() for key, value in states.get(p, {}).items()}
@@ -218,12 +218,12 @@ def training_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     return {"model": weights, "optimizer": moments, "generators": generators}
 
 def _saved(t: Tensor) -> Tensor:
-    "What a checkpoint takes of a tensor: shards are joined one tensor at a time and leave the device."
+    "A tensor as a checkpoint stores it: on the CPU, its shards joined, one tensor at a time."
     return whole_tensor(t).cpu() if hasattr(t, "full_tensor") else t
 
 # %% ../../nbs/train/03_checkpoint.ipynb #1a895ad2
 def load_training_state_dict(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: torch.optim.Optimizer):
-    "Put named tensors back where `training_state_dict` took them from."
+    "Load the tensors of a checkpoint, by name, into model and optimizer."
     trained, state = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
     with torch.no_grad():
         for name, p in trained.items():
@@ -239,7 +239,7 @@ def load_training_state_dict(groups: dict[str, dict[str, Tensor]], model: nn.Mod
 # %% ../../nbs/train/03_checkpoint.ipynb #5957b1bf
 @dataclass
 class Progress:
-    "How far a run is; saved with every checkpoint."
+    "Progress of a run, saved with every checkpoint."
     step: int = 0  # updates done
     tokens: int = 0  # targets that counted, over all processes
     elapsed_s: float = 0.0
@@ -265,11 +265,11 @@ class Progress:
 _LATER = {"windows", "updates"}  # fields that checkpoints of earlier versions lack
 
 def _updates(found: Checkpoint, of: str = "optimizer") -> set[float]:
-    "How many updates an optimizer has made, as it counts them for each parameter."
+    "Numbers of updates that an optimizer has counted for its parameters."
     return {float(t) for name, t in found.groups.get(of, {}).items() if name.endswith(".step") and t.numel() == 1}
 
 def read_progress(found: Checkpoint, config: TrainConfig) -> Progress:
-    "The progress that a checkpoint holds, if a run can have come so far."
+    "The progress that a checkpoint holds; refused where no run can have reached it."
     state, defaults = found.state.get("progress"), dataclass_dict(Progress())
     if not isinstance(state, dict) or state.keys() - defaults.keys() or defaults.keys() - state.keys() - _LATER:
         found.refuse(f"has no progress of {', '.join(defaults)}")
@@ -295,7 +295,7 @@ def read_progress(found: Checkpoint, config: TrainConfig) -> Progress:
 
 # %% ../../nbs/train/03_checkpoint.ipynb #592f85b1
 def _state_forms(name: str, p: Tensor, config: TrainConfig) -> dict[str, list]:
-    "Names and forms of what an optimizer keeps of a parameter."
+    "Names, types and sizes of the tensors that an optimizer keeps for a parameter."
     if config.optimizer == "adamw":
         shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape}
     elif p.dim() > 1:
@@ -306,7 +306,7 @@ def _state_forms(name: str, p: Tensor, config: TrainConfig) -> dict[str, list]:
     return {f"{name}.step": ["float32"]} | {f"{name}.{key}": [kind, *shape] for key, shape in shapes.items()}
 
 def _check_numbers(found: Checkpoint):
-    "Raise where a tensor holds what no update leaves."
+    "Raise where a tensor holds values that no update can produce."
     for group, tensors in found.groups.items():
         for name, t in tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
@@ -319,7 +319,7 @@ def _check_numbers(found: Checkpoint):
         found.refuse(f"holds no state of a generator: {str(error).splitlines()[0]}")
 
 def _check_scaler(found: Checkpoint, scaler: torch.amp.GradScaler):
-    "Raise unless a checkpoint has the numbers of fp16's loss scale, where this run has one."
+    "Raise unless a checkpoint holds the state of the fp16 loss scale, where this run has one."
     state, wants = found.state.get("scaler"), scaler.state_dict()
     if not isinstance(state, dict) or state.keys() != wants.keys():
         found.refuse(f"has no scaler of {', '.join(wants) or 'nothing'}")
@@ -335,7 +335,7 @@ def check_checkpoint(
     scaler: torch.amp.GradScaler,
     parts: dict[str, nn.Module],  # '' for the model, 'objective' for one that has parameters of its own
 ):
-    "Raise unless a checkpoint holds all that resuming needs, in the form in which this run has it."
+    "Raise unless a checkpoint holds all that resuming needs, with the names, types and sizes of this run."
     progress, groups = read_progress(found, config), {"generators"}
     if progress.windows != progress.step * windows:
         found.refuse(f"has read {progress.windows} windows in {progress.step} updates; this run reads {windows} an update")

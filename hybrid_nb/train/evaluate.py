@@ -35,7 +35,7 @@ def ppl_change(
 
 # %% ../../nbs/train/04_evaluate.ipynb #56674bcb
 class Loss(NamedTuple):
-    "What a model loses on a text."
+    "The loss of a model on a text."
     nats: float  # a token, mean
     tokens: int
     gates: list[list[float]] | None = None  # a layer of a hybrid model: mean of the gate, of its square, of its entropy; over positions
@@ -50,7 +50,7 @@ class Loss(NamedTuple):
         self,
         n_bytes: int,  # UTF-8 bytes of the same text
     ) -> float:
-        "Bits that coding the text by this model takes, a byte of text."
+        "Bits per byte of text that coding the text with this model takes."
         return self.nats * self.tokens / (math.log(2) * n_bytes)
 
 # %% ../../nbs/train/04_evaluate.ipynb #56c6665d
@@ -62,7 +62,7 @@ def mean_loss(
     nats: float,  # summed
     count: int,  # targets
 ) -> float:  # nats a target
-    "The mean over targets, of which there must be one."
+    "The mean over targets; an error where there are none."
     if not count:
         raise RunError("nothing to evaluate: no targets in the batches; more (eval_batches) or longer (seq_len) may have some", BAD_DATA)
     return nats / count
@@ -75,7 +75,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     context=None,  # an autocast to run in
 ) -> Loss:
-    "The mean loss over all targets, and what gates and routers do over all positions of text, summed in float64."
+    "The mean loss over all targets, and statistics of gates and routers over all positions of text, summed in float64."
     was_training, total, count, places, gates, chosen = model.training, 0.0, 0, 0, 0, 0
     model.eval()
     with context or nullcontext():
@@ -105,11 +105,11 @@ def sample_text(
     tokenizer,  # a tokenizers.Tokenizer
     prompt: str | list[int] = "",  # text, encoded as a document is, in which <|endoftext|> is the end token; or tokens
     tokens: int = 64,  # new tokens at most; fewer where the text ends or the model's positions do
-    temperature: float = 0.8,  # 0: always the likeliest word
-    top_k: int = 50,  # draw among this many words; 0: among all
+    temperature: float = 0.8,  # 0: always the likeliest token
+    top_k: int = 50,  # draw among this many tokens; 0: among all
     seed: int = 0,
 ) -> str:  # without the prompt
-    "Text that a model writes after a prompt."
+    "Generate text after a prompt."
     if temperature < 0:
         raise ValueError(f"temperature={temperature} must not be negative")
     device, was_training, end = next(model.parameters()).device, model.training, model.config.eos_token_id

@@ -41,7 +41,7 @@ def lr_at(
     return config.lr * share * min(1.0, (s + 1) / max(config.warmup_steps, 1))
 
 def highest_lr(config: TrainConfig) -> float:
-    "The highest rate of a schedule: its peak is only reached by a warm-up that ends in time."
+    "The highest rate of a schedule; it is below the peak where the warm-up does not end in time."
     S, warm = config.steps, min(max(config.warmup_steps, 1), config.steps)
     return max(lr_at(config, s) for s in {warm - 1, S - 1, *range(0, S, max(1, S // 1000))})
 
@@ -50,7 +50,7 @@ def notes_before(
     config: Config,
     processes: int = 1,
 ) -> list[str]:
-    "What a user may not expect of a run, a line each."
+    "Notes on what a user may not expect of a run, one line each."
     t, notes = config.train, []
     share = highest_lr(t) / t.lr
     if t.warmup_steps >= t.steps or share < 0.5:
@@ -73,7 +73,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def make_optimizer(
     model: nn.Module,
     config: TrainConfig,
-    objective: Objective | None = None,  # whose parameters get groups of their own, at a fixed ratio of the rates
+    objective: Objective | None = None,  # its parameters get groups of their own, at a fixed ratio of the rates
 ) -> torch.optim.Optimizer:
     "AdamW over the two groups, in PyTorch's fused form, or Adafactor, which has no betas and an eps of its own."
     groups = parameter_groups(model, config.weight_decay)
@@ -88,7 +88,7 @@ def clip_gradients(
     params: list[Tensor],
     most: float,  # norm after clipping
 ) -> Tensor:  # before
-    "Scale gradients to a norm of at most `most`; some may be in shards and others whole."
+    "Scale gradients to a joint norm of at most `most`; some may be sharded and others whole."
     if not any(hasattr(p, "full_tensor") for p in params):
         return nn.utils.clip_grad_norm_(params, most)
     grads = [p.grad for p in params if p.grad is not None]
@@ -100,7 +100,7 @@ def clip_gradients(
 
 # %% ../../nbs/train/05_optim.ipynb #5f482083
 def _balances_batch(model: nn.Module) -> bool:
-    "Whether a model's experts are balanced over the whole batch."
+    "True where a model's experts are balanced over the whole batch."
     shape = getattr(getattr(model, "module", model), "config", None)
     return getattr(shape, "n_routed_experts", 0) > 0 and shape.aux_loss_alpha > 0 and not shape.seq_aux
 
@@ -113,7 +113,7 @@ def batch_load(
     world: ProcessGroup,
     context: Callable,  # makes an autocast
 ) -> Tensor:  # (L, E), as `balance_loss` takes it for each micro-batch of each process
-    "How the experts are loaded by the whole batch, over all processes."
+    "The load of the experts over the whole batch and all processes."
     inner, counts = getattr(model, "module", model), []
     for micro, x in enumerate(inputs):
         torch.manual_seed(_noise_seed(config.seed, step, world.rank, micro))
@@ -124,7 +124,7 @@ def batch_load(
 
 # %% ../../nbs/train/05_optim.ipynb #d80e5ffd
 def _noise_seed(seed: int, step: int, *place: int | str) -> int:  # place: rank and micro-batch of dropout, or a word
-    "The seed of what is drawn at one place: a function of it alone, so that resuming needs no history."
+    "The seed of a random draw, a function of seed, step and place alone, so that resuming needs no history."
     words = "/".join(map(str, (seed, step, *place)))
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
 
@@ -156,7 +156,7 @@ def update(
     objective: Objective | None = None,  # None: the model's own loss
     count: float | None = None,  # targets of the whole batch; None: they are counted
 ) -> tuple[float, float, bool]:  # loss in nats a target over all processes, gradient norm before clipping, whether fp16 overflowed
-    "One optimizer update, which changes nothing where no target counts; the objective's parameters are clipped by their own norm."
+    "Make one optimizer update; it changes nothing where no target counts. The objective's parameters are clipped by their own norm."
     (count,) = world.sum(float((targets != -100).sum())) if count is None else (count,)
     if not count:
         return 0.0, math.nan, False
@@ -190,7 +190,7 @@ def update(
         finite &= nn.utils.clip_grad_norm_(others, config.grad_clip).isfinite()
     agreed = world.reduce(torch.stack([total, (~finite).double()]))
     norm = torch.where((agreed[1] > 0) & norm.isfinite(), math.nan, norm)
-    if scaler.is_enabled():  # which skips the update where it has found infinity itself
+    if scaler.is_enabled():  # the scaler skips the update where it has found infinity
         for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
             found.fill_(agreed[1] > 0)
     total, norm = torch.stack([agreed[0], norm]).tolist()
