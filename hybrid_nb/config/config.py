@@ -153,7 +153,7 @@ class ModelConfig:
     moe_layers: int | None = _later(None)  # number of layers with experts, counted from the last; None: all
     norm_topk_prob: bool = _later(True)  # the chosen experts' weights sum to 1
     aux_loss_alpha: float = _later(0.1)  # weight of the load-balancing loss
-    seq_aux: bool = _later(True)  # balance is measured per sequence; False: over the whole batch, whose micro-batches then pass the model twice
+    seq_aux: bool = _later(True)  # balance is measured per sequence; False: over the whole batch, which passes the model twice
 
     def __post_init__(self):
         _check_types(self)
@@ -479,7 +479,7 @@ def _field_map(model: type) -> dict[str, tuple[str, Any]]:
     return {name: (part, hint) for part, cls in parts.items() for name, hint in typing.get_type_hints(cls).items()}
 
 FIELD_NAMES = MODEL_NAMES | names_of(_field_map(ModelConfig))  # names of fields that need no record's name before them
-_OPTIONAL = {"distill": DistillConfig, "finetune": FinetuneConfig}  # records that a configuration may lack; their fields need the record's name
+_OPTIONAL = {"distill": DistillConfig, "finetune": FinetuneConfig}  # records that may be absent; their fields need the record's name
 
 # %% ../../nbs/config/03_config.ipynb #dde9aeab
 def changed(

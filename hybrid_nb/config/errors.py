@@ -38,7 +38,7 @@ def closest(
     options: Iterable[str],  # what exists
     likeness: float = 0.6,  # the least similarity that counts as near, in [0, 1]
 ) -> str:  # ' (did you mean X?)', or '' where nothing is near
-    "The nearest option, as the end of an error message: the shortest that has all parts of the word, or the one with the most similar spelling."
+    "The nearest option, as the end of an error message: the shortest that has all parts of the word, or the most similarly spelt."
     word, options = word[:100] if isinstance(word, str) else "", list(options)
     parts = set(re.split("[._-]", word))
     wider = [o for o in options if len(parts) > 1 and parts <= set(re.split("[._-]", o))]
@@ -62,7 +62,7 @@ def _check_number(name: str, value: Any, integer: bool):
     _check(not integer or abs(value) <= most, f"{name}={brief(value)} is beyond {most}")
 
 def _check_types(record):
-    "Raise ConfigError unless each field holds what its annotation says; numbers must be finite and integers bounded, so that computations with them end."
+    "Raise ConfigError unless each field holds what its annotation says; numbers must be finite and integers bounded."
     for name, hint in typing.get_type_hints(type(record)).items():
         value, kinds = getattr(record, name), typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if value is None and types.NoneType in kinds:

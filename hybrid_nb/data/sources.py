@@ -307,7 +307,7 @@ def file_corpus(data: DataConfig) -> Corpus:
 
     kinds = [(_is_json(f), split, facts.sha256) for f, split, facts in files]
     size = sum(facts.size for *_, facts in files)
-    kept = not any(_is_json(f) or not facts.lined for f, _, facts in files)  # keys of earlier versions, in which END was not text and had a line of its own
+    kept = not any(_is_json(f) or not facts.lined for f, _, facts in files)  # as in earlier versions, where END had a line of its own
     key = _digest("files", kinds, data.text_key, data.valid_fraction, *filter(None, [data.answer_key]), *([] if kept else [["markers"]]))
     names, empty = tuple((f.name, split) for f, split in read.items()), Counter()
     return Corpus(data.source, key, partial(answered, documents, empty), size, prompted=bool(data.answer_key), files=names,

@@ -149,7 +149,7 @@ def materialize_frozen(
     model: DecoderForCausalLM,  # with projections that were drawn from a seed
     roles: str = "qkvo",  # projections that are to become ordinary parameters
 ) -> DecoderForCausalLM:
-    "Build a model of the same function whose projections are dense and separate for each layer, so that they can be trained, adapted and merged."
+    "Build a model of the same function whose projections are dense and separate for each layer, for training and adapters."
     shape = settle_tying(model).config.shape
     if isinstance(shape, HybridConfig):
         raise ConfigError("a hybrid model has no frozen projections to thaw")
