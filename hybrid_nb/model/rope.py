@@ -16,9 +16,9 @@ from torch import Tensor
 # %% ../../nbs/model/03_rope.ipynb #d63436e0
 def rope_frequencies(
     d_head: int,  # K, even
-    theta: float = 10_000.0,  # base: the slowest pair turns by about 1/theta a position
+    theta: float = 10_000.0,  # base: the slowest pair turns by about 1/theta per position
     device: torch.device | str | None = None,
-) -> Tensor:  # (K/2,) float32, radians a position
+) -> Tensor:  # (K/2,) float32, radians per position
     "The angle by which each pair of channels turns from one position to the next."
     if d_head % 2:
         raise ValueError(f"d_head={d_head} is odd: RoPE turns pairs of channels")
@@ -26,17 +26,17 @@ def rope_frequencies(
 
 # %% ../../nbs/model/03_rope.ipynb #e1dc6ea6
 class RopeScaling(NamedTuple):
-    "How RoPE's frequencies are changed, so that more positions can be read than were trained on."
+    "A change of RoPE's frequencies that lets a model read more positions than it was trained on."
     rope_type: str = "default"  # 'default', 'linear', 'ntk', 'llama3' or 'yarn'
     factor: float = 1.0  # s: positions to read over positions trained on, at least 1
-    original: int = 1  # L: positions trained on; 'llama3' and 'yarn' ask for it
+    original: int = 1  # L: positions trained on; needed by 'llama3' and 'yarn'
 
     @classmethod
     def of(
         cls,
         config: Any,  # a `ModelConfig`, or anything with its fields
     ) -> "RopeScaling":
-        "What a configuration says."
+        "The scaling that a configuration describes."
         return cls(config.rope_type, config.rope_factor, config.rope_original or max(1, round(config.max_seq_len / config.rope_factor)))
 
 # %% ../../nbs/model/03_rope.ipynb #52d26e91
@@ -66,15 +66,15 @@ def llama3_frequencies(
     factor: float,  # s
     original: int,  # L
 ) -> Tensor:  # (K/2,)
-    "Llama 3: slow pairs are interpolated, fast ones are not."
+    "The frequencies of Llama 3: slow pairs are interpolated, fast ones are not."
     low, high = LLAMA3.values()
-    length = 2 * math.pi / f_K  # positions of a whole turn
+    length = 2 * math.pi / f_K  # positions per full turn
     share = (original / length - low) / (high - low)
     mixed = (1 - share) * f_K / factor + share * f_K
     return torch.where(length > original / low, f_K / factor, torch.where(length < original / high, f_K, mixed))
 
 # %% ../../nbs/model/03_rope.ipynb #56d739ed
-YARN_TURNS = (32, 1)  # of the pairs at which the ramp begins and ends
+YARN_TURNS = (32, 1)  # turns of the pairs at which the ramp begins and ends
 
 def yarn_frequencies(
     f_K: Tensor,  # (K/2,) as `rope_frequencies` gives them
@@ -82,7 +82,7 @@ def yarn_frequencies(
     factor: float,  # s
     original: int,  # L
 ) -> Tensor:  # (K/2,)
-    "YaRN: interpolation that sets in over a ramp of pairs."
+    "The frequencies of YaRN: interpolation that sets in over a ramp of pairs."
     if theta <= 1:
         raise ValueError(f"theta={theta}: YaRN needs a base above 1")
     d_head = 2 * len(f_K)
@@ -95,7 +95,7 @@ def yarn_frequencies(
 def yarn_scale(
     factor: float,  # s
 ) -> float:  # on cos and sin
-    "YaRN's factor of queries and keys."
+    "The factor by which YaRN multiplies queries and keys."
     return 0.1 * math.log(factor) + 1.0
 
 # %% ../../nbs/model/03_rope.ipynb #5bd43cb6
@@ -104,7 +104,7 @@ def stretched_frequencies(
     theta: float,
     stretch: RopeScaling,
     device: torch.device | str | None = None,
-) -> tuple[Tensor, float]:  # (K/2,) float32, radians a position; the factor of cos and sin
+) -> tuple[Tensor, float]:  # (K/2,) float32, radians per position; the factor of cos and sin
     "The frequencies of a stretched encoding."
     kind, factor, original = stretch
     if factor < 1:
@@ -128,7 +128,7 @@ def rope_parameters(
     theta: float,
     stretch: RopeScaling,
 ) -> dict[str, Any]:  # `rope_parameters` of a LlamaConfig
-    "The stretched encoding as transformers writes it; NTK-aware scaling is RoPE of a larger base."
+    "The stretched encoding in the format of transformers; NTK-aware scaling becomes RoPE with a larger base."
     kind, factor, original = stretch
     if kind in ("default", "ntk"):
         return {"rope_type": "default", "rope_theta": theta if kind == "default" else ntk_theta(theta, d_head, factor)}
@@ -154,7 +154,7 @@ def apply_rope(
     cos: Tensor,  # (B, T, K) or (T, K)
     sin: Tensor,  # as cos
 ) -> Tensor:  # as x
-    "Queries or keys, turned to their positions."
+    "Queries or keys, rotated to their positions."
     cos, sin = (t.to(x_BHTK.dtype).unsqueeze(-3) for t in (cos, sin))
     first, second = x_BHTK.chunk(2, dim=-1)
     return x_BHTK * cos + torch.cat([-second, first], dim=-1) * sin
