@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DecoderConfig', 'make_norm', 'DecoderBlock', 'settle_tying', 'DecoderPreTrainedModel', 'DecoderModelOutput',
-           'DecoderModel', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'learned_state',
+           'DecoderModel', 'DecoderOutput', 'DecoderForCausalLM', 'make_decoder', 'register_model', 'learned_state',
            'checkpoint_activations', 'quiet_transformers']
 
 # %% ../../nbs/model/11_decoder.ipynb #857ccab9
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -358,8 +358,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             keep_positions(past_key_values, texts.position_BS)
         return mask
 
-AutoConfig.register(DecoderConfig.model_type, DecoderConfig, exist_ok=True)
-AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM, exist_ok=True)
 
 # %% ../../nbs/model/11_decoder.ipynb #beb79244
 def make_decoder(
@@ -368,6 +366,20 @@ def make_decoder(
 ) -> DecoderForCausalLM:
     "A decoder of the given shape, with fresh weights."
     return DecoderForCausalLM(DecoderConfig.from_model(shape, **values))
+
+# %% ../../nbs/model/11_decoder.ipynb #59e592b2
+def register_model(
+    config: type[PreTrainedConfig],  # with a `model_type`
+    model: type[PreTrainedModel],
+):
+    "Register a model with the Auto classes of transformers; a notebook's own class never replaces the package's."
+    known = CONFIG_MAPPING[config.model_type] if config.model_type in CONFIG_MAPPING else None
+    if config.__module__ == "__main__" and known is not None and known.__module__ != "__main__":
+        return
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+register_model(DecoderConfig, DecoderForCausalLM)
 
 # %% ../../nbs/model/11_decoder.ipynb #5e698405
 def learned_state(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 
 from ..config.config import HybridConfig, ModelConfig
 from .attention import LocalGlobalAttention, PositionsKept, keep_positions, kept_positions
-from .decoder import DecoderConfig, DecoderPreTrainedModel, make_decoder
+from .decoder import DecoderConfig, DecoderPreTrainedModel, make_decoder, register_model
 from .ffn import GELUFeedForward
 from .foreign import attribute_names
 from .head import head_loss
@@ -360,8 +360,7 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
                             hidden_states=tuple(states) if output_hidden_states else None,
                             attentions=maps)
 
-AutoConfig.register(HybridLanguageModelConfig.model_type, HybridLanguageModelConfig, exist_ok=True)
-AutoModelForCausalLM.register(HybridLanguageModelConfig, HybridLanguageModel, exist_ok=True)
+register_model(HybridLanguageModelConfig, HybridLanguageModel)
 
 # %% ../../nbs/model/13_hybrid.ipynb #ede00ecc
 def make_model(
