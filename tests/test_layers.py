@@ -15,7 +15,7 @@ from test_repo import NOTEBOOKS, PACKAGES, PIPELINES, PLACE, ROOT, code_cells, m
 
 from hybrid_nb import FORMER, PUBLIC
 
-REGISTRY = {"__init__", "cli.verify"}  # tables of modules: former names, and the readers of reports by kind
+REGISTRY = {"__init__", "experiments"}  # tables of modules: former names, and experiments by kind
 SPELLED = {  # who names another module in a string beside them, and which
     ("train.launch", "train"),  # the command line of its processes
     ("study.launch", "train"),

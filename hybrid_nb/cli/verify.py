@@ -25,6 +25,8 @@ from typing import Any
 from .engine import _PATHS
 from ..config.errors import BAD_DATA, RunError
 from ..config.override import override
+from ..experiments.__init__ import get_experiment
+from ..report.bundle import current_words
 from ..report.index import read_report, read_result, report_data
 from ..report.page import _TAGS, notebook_title, report_page
 from ..report.publish import PARTS, _injected, part_hashes, seal
@@ -101,18 +103,9 @@ def _equal_tables(a: list[list[str]], b: list[list[str]]) -> bool:
 
     return [*map(len, a)] == [*map(len, b)] and (equal(a, b) or equal(_in_order(a), _in_order(b)))
 
-# %% ../../nbs/cli/06_verify.ipynb #67074c18
-# kind of bundle: its module; that of a run has no kind
-_READERS = {
-    "study": "hybrid_nb.study.tables", "qk-freeze": "hybrid_nb.experiments.qk_freeze", "projector": "hybrid_nb.experiments.projector",
-    "context": "hybrid_nb.experiments.context",
-    "foundation": "hybrid_nb.experiments.foundation", "speed": "hybrid_nb.experiments.qk_speed",
-    "audit": "hybrid_nb.experiments.audit", "finetune": "hybrid_nb.experiments.finetune",
-    "parallel": "hybrid_nb.experiments.parallel", "distill": "hybrid_nb.experiments.distill", "dense": "hybrid_nb.experiments.dense",
-}
-
 # %% ../../nbs/cli/06_verify.ipynb #6b0e8f25
-_SHOWS = {r"draw|plot\w*": "image/png", r"Table|\w+_table": "text/html", "Markdown": "text/markdown"}  # what a function's value looks like
+_SHOWS = {  # MIME type of a function's value, by its name
+    r"draw|plot\w*": "image/png", r"Table|\w+_table": "text/html", "Markdown|command_text": "text/markdown"}
 _WORDS = {"image/png": "picture", "text/html": "table", "text/markdown": "text"}
 
 def _check_cells(nb, results: dict[str, Any], made: dict[str, list]) -> tuple[list[str], str]:
@@ -123,7 +116,7 @@ def _check_cells(nb, results: dict[str, Any], made: dict[str, list]) -> tuple[li
         name, given = _last_call(cell.source)
         data = [o.get("data") or {} for o in cell.outputs]
         named = [results["tables"][word] for word in given if isinstance(word, str) and word in results["tables"]]
-        wanted, shown = named or made.get(name, []), [_shown_table(d) for d in data if "text/html" in d]
+        wanted, shown = current_words(named or made.get(name, [])), [current_words(_shown_table(d)) for d in data if "text/html" in d]
         equal = [t is not None and any(_equal_tables(t, w) for w in wanted or every) for t in shown]
         expected = next((mime for pattern, mime in _SHOWS.items() if re.fullmatch(pattern, name or "")), None)
         if expected and not any(expected in d for d in data):
@@ -145,15 +138,17 @@ def _reasons(results: dict[str, Any]) -> list[list[str]]:
 def _check_records(nb, result: dict[str, Any]) -> tuple[list[str], str]:
     "What of tables, headline, verdict and outputs is not what the stored records give, and what is."
     kind = result["bundle"].get("kind")
-    reader = importlib.import_module(_READERS.get(kind, "hybrid_nb.report.run"))
-    then, (now, made) = result["results"], _made_again(reader.recompute, result["bundle"])
-    former = reader.former_results(then, now) if kind is None else None
+    run = importlib.import_module("hybrid_nb.report.run")
+    now, made = _made_again((run if kind is None else get_experiment(kind)).recompute, result["bundle"])
+    former = run.former_results(result["results"], now) if kind is None else None
+    said = result if kind is None else current_words({k: result[k] for k in ("results", "verdict", "headline")})
+    then = said["results"]
     if former:
         now, made = former, made | {"verdict_table": [_reasons(then)]}
     tables = {name: [_in_order(r["tables"].get(name)) for r in (then, now)] for name in now["tables"] | then["tables"]}
     pairs = {name: (then.get(name), now.get(name)) for name in now | then if name != "tables"}
     pairs |= {f"table {name}": pair for name, pair in tables.items()}
-    pairs |= {f"shown {k}": (result[k], now[n]) for k, n in (("verdict", "verdict"), ("headline", "summary"))}
+    pairs |= {f"shown {k}": (said[k], now[n]) for k, n in (("verdict", "verdict"), ("headline", "summary"))}
     wrong = sorted(n for n, pair in pairs.items() if len({json.dumps(value, sort_keys=True) for value in pair}) > 1)
     outputs, told = _check_cells(nb, then, made)
     again = "headline are made again, equal byte for byte (the verdict is by the former rule for runs, and is not)" if former else \

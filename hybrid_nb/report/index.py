@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import BAD_DATA, RunError
+from .bundle import current_words
 from .page import _address, _badge, _escaped, page
 from .redact import _short
 from .result import _number_text, report_problem, result_problem
@@ -69,7 +70,7 @@ def _report_row(path: Path) -> dict[str, Any] | None:
     row = {"path": path.with_suffix(".ipynb"), "title": str(data.get("title") or path.stem)}
     if path.stem.endswith(".FAILED"):
         return row | {"pipeline": "", "subject": path.stem, "verdict": "FAILED", "headline": {}}
-    return data | row
+    return data | {k: current_words(data[k]) for k in ("verdict", "headline")} | row
 
 # %% ../../nbs/report/12_index.ipynb #e99b6cba
 def read_reports(

@@ -14,6 +14,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+from .bundle import FAILS, HOLDS
 from .redact import redact_all
 from .result import _number_text, result_problem, shown_result
 from ..runs.files import io_errors, replace_file
@@ -149,7 +150,7 @@ def notebook_title(
 # %% ../../nbs/report/11_page.ipynb #04a70237
 _REASONS = 15  # shown at most at the head of a page; a verdict with more is shown with its numbers instead
 
-_MOODS = {HEALTHY: "PASS", "diverged": "FAIL", "failed": "FAIL", "alarms": "FAIL"}  # colours of the words for runs
+_MOODS = {HOLDS: "PASS", HEALTHY: "PASS", FAILS: "FAIL", "diverged": "FAIL", "failed": "FAIL", "alarms": "FAIL"}  # CSS classes
 
 def _badge(verdict: str) -> str:
     "A verdict as HTML."

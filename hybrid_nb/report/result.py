@@ -11,13 +11,14 @@ import json
 from typing import Any
 
 from ..config.errors import BAD_DATA, ConfigError, RunError
+from .bundle import VERDICTS, current_words
 from ..runs.messages import first_line as _line
 from ..runs.runs import HEALTH
 
 # %% ../../nbs/report/10_result.ipynb #a6e8841a
 RESULT_MIME = "application/vnd.hybrid-nb+json"
 _SCHEMA = {"pipeline": str, "subject": str, "verdict": str, "headline": dict}
-_VERDICTS = ("PASS", "FAIL", "INCONCLUSIVE", *HEALTH)
+_VERDICTS = (*VERDICTS, *HEALTH)
 _LARGEST = 10**30  # limit on integers
 
 def result_problem(
@@ -29,7 +30,7 @@ def result_problem(
     for key, kind in _SCHEMA.items():
         if not isinstance(result.get(key), kind):
             return f"the result's {key} is {result.get(key)!r}, not {kind.__name__}"
-    if result["verdict"] not in _VERDICTS:
+    if current_words(result["verdict"]) not in _VERDICTS:
         return f"the result's verdict is {result['verdict']!r}, none of {'; '.join(_VERDICTS)}"
     for key, value in result["headline"].items():
         number = isinstance(value, int | float)
@@ -52,7 +53,7 @@ class Result:
         self,
         pipeline: str,  # name of the pipeline
         subject: str,  # what it was about: a preset, a comparison
-        verdict: str,  # of a claim: PASS, FAIL or INCONCLUSIVE; of a run: a word of HEALTH
+        verdict: str,  # of a claim: one of VERDICTS; of a run: one of HEALTH
         headline: dict[str, Any],  # the numbers to remember, by name; None where unknown
         **details: Any,  # anything else that JSON can hold
     ):

@@ -17,7 +17,7 @@ from ..account.params import count_params
 from ..config.config import asdict, config_hash
 from ..config.errors import BAD_DATA, RunError
 from ..config.presets import get_config
-from ..report.bundle import StoredRun
+from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, StoredRun
 from ..report.verdict import divergence
 from ..runs.runs import Run, load_run
 from .stats import ALPHA, MARGIN, PASSING, Paired, paired
@@ -131,10 +131,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        "PASS, FAIL or INCONCLUSIVE, of the claim that the arm is not worse by more than the margin."
+        "The verdict on the claim that the arm is not worse by more than the margin."
         if self.word in ("diverged", "worse"):
-            return "FAIL"
-        return "PASS" if self.word in PASSING and not self.lost else "INCONCLUSIVE"
+            return FAILS
+        return HOLDS if self.word in PASSING and not self.lost else NOT_SHOWN
 
 # %% ../../nbs/study/02_compare.ipynb #24e324b9
 def _runs_by_seed(runs: Iterable[Run | StoredRun], what: str) -> dict[int, Run | StoredRun]:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from ..report.bundle import FAILS, HOLDS, NOT_SHOWN
 from ..report.figure import BLUE, GREY, RED, Picture
 from .stats import t_interval
 from .study import Study
@@ -99,7 +100,7 @@ def draw_forest(study: Study) -> Figure:
     figure = Figure(figsize=(9.6, 1.1 + 0.42 * max(1, len(found))))
     ax = figure.subplots()
     figure.subplots_adjust(left=0.16, right=0.76, top=0.97, bottom=0.62 / figure.get_figheight())
-    colors = {"PASS": BLUE, "FAIL": RED, "INCONCLUSIVE": GREY}
+    colors = {HOLDS: BLUE, FAILS: RED, NOT_SHOWN: GREY}
     for y, c in enumerate(found):
         ax.plot(list(c.d.values()), [y] * len(c.d), "o", color=colors[c.verdict], ms=4, alpha=0.45, mec="none")
         if p := c.paired:
