@@ -13,7 +13,8 @@ import pytest
 from hybrid_nb.config.config import asdict
 from hybrid_nb.config.presets import get_config
 from hybrid_nb.experiments import audit
-from hybrid_nb.experiments.audit import CLAIMS, FAILS, HOLDS, OPEN, Measurement, as_span, trainable
+from hybrid_nb.experiments.audit import CLAIMS, EXPERIMENT, Measurement, as_span, trainable
+from hybrid_nb.report.bundle import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE, VERDICTS
 from hybrid_nb.report.index import read_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +37,9 @@ def verdict(claim: audit.Claim, **measured) -> str:
 def test_a_claim_of_each_verdict():
     assert verdict(find("004", 23, "parameters")) == HOLDS
     assert verdict(find("004", 28, "tokens a step")) == FAILS
-    assert verdict(find("003", 87, "40 layers")) == OPEN
-    assert verdict(find("000", 98, "almost no loss")) == OPEN
+    assert verdict(find("003", 87, "40 layers")) == NOT_TESTABLE
+    assert verdict(find("000", 98, "almost no loss")) == NOT_TESTABLE
+    assert verdict(find("000", 98, "almost no loss"), srte__shared=(0, -1, 1), srte__none=(0, -1, 1)) == NOT_SHOWN
 
 
 @pytest.mark.parametrize(
@@ -53,17 +55,17 @@ def test_a_failing_figure_holds_once_it_is_put_right():
     for finding in found:
         if finding.verdict == FAILS and finding.span.low == finding.span.high:
             right = replace(finding.claim, stated=f"{finding.span.value:.12g}")
-            assert verdict(right) == (OPEN if right.bound else HOLDS), right
+            assert verdict(right) == (NOT_TESTABLE if right.bound else HOLDS), right
 
 
 def test_a_measurement_decides():
     claim = find("000", 9, "sines")
-    assert [verdict(claim, srte__sincos=x) for x in ((1, -1, 3), (7, 5.2, 8.9), (4, 2, 6))] == [HOLDS, FAILS, OPEN]
+    assert [verdict(claim, srte__sincos=x) for x in ((1, -1, 3), (7, 5.2, 8.9), (4, 2, 6))] == [HOLDS, FAILS, NOT_SHOWN]
 
 
 def test_a_bound_refutes_and_never_confirms():
     claim = find("001", 234, "1 A100")
-    assert verdict(claim) == OPEN
+    assert verdict(claim) == NOT_TESTABLE
     assert verdict(replace(claim, stated="<=1")) == FAILS
 
 
@@ -121,13 +123,13 @@ def test_a_control_that_is_admitted_leaves_a_claim_open():
     claim = find("000", 98, "almost no loss")
     assert claim.control == "srte.none"
     assert verdict(claim, srte__shared=(0, -1, 1), srte__none=(12, 10, 14)) == HOLDS
-    assert verdict(claim, srte__shared=(0, -1, 1), srte__none=(0, -1, 1)) == OPEN
+    assert verdict(claim, srte__shared=(0, -1, 1), srte__none=(0, -1, 1)) == NOT_SHOWN
     assert verdict(claim, srte__shared=(8, 7, 9), srte__none=(0, -1, 1)) == FAILS
 
 
 def test_reports_are_read_as_they_are(tmp_path):
     rows = [{"shape": "t", "contender": f"hybrid-nb, {p}", "tokens_per_s": r} for p, r in (("bf16", 3.0), ("fp32", 2.0))]
-    result = {"pipeline": "benchmark", "subject": "x", "verdict": "PASS", "headline": {}, "rows": rows}
+    result = {"pipeline": "benchmark", "subject": "x", "verdict": HOLDS, "headline": {}, "rows": rows}
     other = result | {"pipeline": "other"}
     for name, shown in (("benchmark-x-aaaaaa", result), ("benchmark-x-bbbbbb.FAILED", result), ("other-x-cccccc", other), ("notes", None)):
         (tmp_path / f"{name}.json").write_text(json.dumps(shown or {"title": "notes"}))
@@ -140,14 +142,14 @@ def test_the_weightiest_of_several_reports_counts(tmp_path):
         turns = {"index": [*range(rounds)], "columns": ["B, trainable", "C, frozen", "skipped work"]}
         turns["data"] = [[2.0 * factor, 1.9, 0.1]] * rounds
         bundle = {"schema": 1, "kind": "speed", "info": {"config": asdict(get_config("gpt-base"))}, "turns": turns}
-        shown = {"pipeline": "qk_speed", "subject": "x", "verdict": "PASS", "headline": {}, "bundle": bundle}
+        shown = {"pipeline": "qk_speed", "subject": "x", "verdict": HOLDS, "headline": {}, "bundle": bundle}
         (tmp_path / f"{name}.json").write_text(json.dumps(shown))
     (found,) = audit.read_measurements(tmp_path).values()
     assert found.report == "qk_speed-x-aaaaaa" and math.isclose(found.span.value, 100 * (2.0 / 1.9 - 1))
 
 
 def test_numbers_of_a_bundle_are_finite():
-    spans = [x for m in audit.bundle(audit.read_measurements(ROOT / "reports"))["measurements"].values() for x in m["span"]]
+    spans = [x for m in audit.pack(audit.Audit(audit.read_measurements(ROOT / "reports")))["measurements"].values() for x in m["span"]]
     assert all(map(math.isfinite, spans))
 
 
@@ -168,8 +170,8 @@ def test_the_report_needs_no_other_reports(report):
     result = read_result(report)
     assert result["bundle"]["measurements"] == {}
     assert result["headline"]["figures"] == len(CLAIMS)
-    assert sum(result["headline"][v] for v in audit.VERDICTS) == len(CLAIMS)
-    assert result["verdict"] == "FAIL" and result["results"]["because"]
+    assert sum(result["headline"][v] for v in VERDICTS) == len(CLAIMS)
+    assert result["verdict"] == FAILS and result["results"]["because"]
 
 
 def test_the_report_is_verified_and_an_altered_one_is_not(report, copy, tmp_path):
