@@ -27,9 +27,9 @@ from ..runs.provenance import in_checkout
 
 # %% ../../nbs/cli/07_main.ipynb #b2d3442a
 def _columns(
-    rows: list[dict[str, Any]],  # with the same keys
+    rows: list[dict[str, Any]],  # rows with the same keys
 ) -> str:
-    "Rows as aligned text; numbers to the right."
+    "Rows as aligned columns of text, numbers to the right."
     cells = [list(rows[0]), *([_number_text(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = [str.rjust if isinstance(v, int | float) else str.ljust for v in rows[0].values()]
@@ -52,7 +52,7 @@ hnb doctor                         what is installed, and what this machine can 
 _ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def _words(ctx: typer.Context, what: str) -> tuple[str, dict[str, Any]]:
-    "The one positional of a command, and the parameters that follow papermill's options."
+    "The single positional argument of a command, and the parameters given by papermill's options."
     positionals, options = read_command(ctx.args) or ([], [])
     if len(positionals) != 1 or any(name not in _GIVES for name, _ in options):
         typed = " ".join(ctx.args) or "nothing"
@@ -105,7 +105,7 @@ Any of them, or the path of a YAML file, is what MODEL stands for elsewhere.
 
 # %% ../../nbs/cli/07_main.ipynb #5cd45888
 def _cost_row(name: str, config, rate: float) -> dict[str, Any]:
-    "What a configuration costs, as a row."
+    "The cost of a configuration as a table row."
     from hybrid_nb.account.flops import flops_per_token, run_seconds, run_tokens
     from hybrid_nb.account.memory import GIB, total_memory
     from hybrid_nb.account.params import count_params
@@ -120,9 +120,9 @@ def _cost_row(name: str, config, rate: float) -> dict[str, Any]:
 def plan_text(
     plan,  # account.RunPlan
     rate: float,  # FLOP/s of matrix products on this machine
-    slow: str = "",  # why it is no higher, where there is a reason
+    slow: str = "",  # reason for a low rate, if any
 ) -> str:
-    "What a run will cost here, and what its whole schedule would cost on named GPUs."
+    "The cost of a run on this machine, and of its whole schedule on named GPUs, as text."
     from hybrid_nb.account.flops import ASSUMED_MFU, run_seconds
     from hybrid_nb.account.memory import plan_rows
     from hybrid_nb.account.rates import rate_text
@@ -157,7 +157,7 @@ hnb plan base -p steps 1000 -p full true
 
 # %% ../../nbs/cli/07_main.ipynb #77800d3d
 def _torch_rows() -> list[tuple[str, str]]:
-    "Devices, and the measured rates of their matrix products."
+    "Devices with the measured FLOP/s of their matrix products."
     import torch
 
     from hybrid_nb.account.rates import assumed_rates, emulation_note, matmul_rate, precision_rate, rate_text
@@ -176,7 +176,7 @@ def _torch_rows() -> list[tuple[str, str]]:
 
 # %% ../../nbs/cli/07_main.ipynb #457a4a33
 def doctor_rows() -> list[tuple[str, str]]:
-    "What is installed, and what this machine can do."
+    "Installed versions, and devices of this machine with measured rates."
     from importlib import metadata
 
     from hybrid_nb.model.ssm import scan_kernel
@@ -243,15 +243,15 @@ hnb verify reports/train-smoke-0a1b2c.ipynb --replay
 
 # %% ../../nbs/cli/07_main.ipynb #a3339f01
 def main():
-    "The `hnb` command."
+    "Run the `hnb` command and exit with its code."
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if sys.stdout:
             sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # who reads has read enough; click makes the second of the first
+    except (BrokenPipeError, SystemExit):  # the reader has closed the pipe; click turns the first into the second
         silence(sys.stdout)
         code = 0
     except (Exception, KeyboardInterrupt) as error:
-        told = hasattr(error, "format_message")  # by the option parser
+        told = hasattr(error, "format_message")  # an error of the option parser
         _leave(ConfigError(error.format_message()) if told else error, "hnb")
     sys.exit(code)
