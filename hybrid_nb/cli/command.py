@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from .parameters import _GIVES, cast_parameters, given_parameters, read_command
+from ..account.plan import cast_parameters
+from .parameters import _GIVES, given_parameters, read_command
 from ..config.errors import IO, ConfigError, RunError
 from ..config.yaml import find_file, shipped
 from ..report.pipelines import declared, opt_in, report_name
