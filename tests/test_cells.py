@@ -47,7 +47,7 @@ CROWDED: dict[str, int] = {
     "account/02_params": 1,
     "account/03_flops": 2,
     "account/04_memory": 1,
-    "account/05_plan": 3,
+    "account/05_plan": 2,
     "train/01_distributed": 3,
     "train/03_checkpoint": 4,
     "train/04_evaluate": 2,

@@ -326,7 +326,7 @@ def test_a_fuzzed_set_of_parameters_is_a_plan_or_one_line():
 
 
 def test_a_fuzzed_set_of_parameters_is_admitted_or_one_line():
-    from hybrid_nb.cli.parameters import cast_parameters
+    from hybrid_nb.account.plan import cast_parameters
     from hybrid_nb.report.pipelines import declared
 
     rng = random.Random(4)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -18,6 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import hybrid_nb
+from hybrid_nb.account.plan import SHARED_PARAMETERS
+from hybrid_nb.report.pipelines import declared
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("config", "runs", "data", "model", "account", "train", "report", "study", "experiments", "cli")
@@ -108,6 +111,21 @@ def test_pipeline_is_prose_and_calls(path):
         assert isinstance(node, ast.AnnAssign), "a parameter is one `name: type = default  # help` a line"
     for line in tagged[0]["source"].splitlines():
         assert not line.strip() or line.startswith("#") or re.search(r"\S  # \S", line), line
+
+
+def test_shared_parameters_are_described_once():
+    "A comment repeats the table's text; where there is no preset to fall back on, it leaves out what an unset value means."
+    cells = {path.stem: declared(nbformat.read(path, as_version=4)) for path in PIPELINES}
+    uses = Counter(name for found in cells.values() for name in found)
+    assert {name for name, count in uses.items() if count > 1} - set(SHARED_PARAMETERS) == {"arms", "reports", "settings"}
+    for pipeline, found in cells.items():
+        for name in found.keys() & SHARED_PARAMETERS.keys():
+            shared, told = SHARED_PARAMETERS[name].help, found[name].help
+            first = shared.partition("; ")[0]
+            assert f"{told}; ".startswith(f"{shared}; ") or told == first, f"{pipeline}: {name}: {told!r} is not {shared!r}"
+    for name, parameter in cells["train"].items():
+        shared = SHARED_PARAMETERS[name]
+        assert (parameter.hint, parameter.default) == (shared.hint, shared.default), name
 
 
 def test_no_path_of_one_machine():

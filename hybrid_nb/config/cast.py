@@ -80,13 +80,23 @@ def is_nothing(value: Any) -> bool:
     "True where a value is None or a word for it."
     return value is None or isinstance(value, str) and value.lower() in ("none", "null")
 
+def _cast_list(name: str, value: Any, kind: type) -> list:
+    "The values of a list, or of a text such as '1,2,3'."
+    parts = [part.strip(" '\"") for part in value.strip("[] ").split(",") if part.strip()] if isinstance(value, str) else value
+    _check(isinstance(parts, list), f"{name}={brief(value)} is not a list: write 1,2,3")
+    return [cast(name, v, kind) for v in parts]
+
 def cast(
     name: str,  # of the field, for the error message
     value: Any,  # as YAML or a command line gave it
-    hint: Any,  # the field's annotation
+    hint: Any,  # the field's annotation; Any: the value stays as it is
 ) -> Any:
     "A value as the type that a field declares."
     inner = typing.get_args(hint)
+    if hint is Any:
+        return value
+    if typing.get_origin(hint) is list:
+        return _cast_list(name, value, inner[0])
     if isinstance(hint, types.UnionType):
         return None if is_nothing(value) else cast(name, value, inner[0])
     if typing.get_origin(hint) is tuple:
