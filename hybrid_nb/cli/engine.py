@@ -28,7 +28,7 @@ from ..runs.secrets import redact
 class SkipFirstWrite:
     "papermill's reader and writer for one path that holds a published report."
 
-    def __init__(self, path: str):
+    def __init__(self, path: str | None):
         from papermill.iorw import LocalHandler, papermill_io
 
         self.path, self.local = path, LocalHandler()

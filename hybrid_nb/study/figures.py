@@ -41,7 +41,7 @@ def ppl_curve(
 def spread(places: dict[str, float], gap: float) -> dict[str, float]:
     "Places at least `gap` apart, moved as little as their order needs, around the middle of where they were."
     moved, least = {}, -math.inf
-    for name in sorted(places, key=places.get):
+    for name in sorted(places, key=lambda name: places[name]):
         moved[name] = max(places[name], least)
         least = moved[name] + gap
     shift = sum(moved[name] - places[name] for name in moved) / max(len(moved), 1)

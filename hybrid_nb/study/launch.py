@@ -47,7 +47,8 @@ class Job:
     "A command that SLURM runs, with the methods of a process."
 
     def __init__(self, job: Any, log: Path):
-        self.job, self.log, self.returncode = job, log, None
+        self.job, self.log = job, log
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         "The exit code, or None while it waits or runs."
@@ -59,9 +60,9 @@ class Job:
 
     def wait(self) -> int:
         "The exit code, once there is one."
-        while self.poll() is None:
+        while (code := self.poll()) is None:
             time.sleep(0.2)
-        return self.returncode
+        return code
 
     def terminate(self):
         "Cancel the job; a training loop then saves and ends."
@@ -94,7 +95,7 @@ class _Worker:
         "Why it ended."
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         code = self.process.returncode
-        if code <= 0 or not lines:
+        if not code or code < 0 or not lines:
             return f"the worker ended with exit code {code}"
         return lines[-1].partition("Error: ")[2] or lines[-1].removeprefix("hnb: ")
 
@@ -138,7 +139,7 @@ def job_launcher(
         import submitit
     except ImportError:
         raise ConfigError("SLURM jobs need submitit: pip install 'hybrid-nb[slurm]'") from None
-    options = JOB_DEFAULTS | options
+    options = {**JOB_DEFAULTS, **options}
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster"))
         executor.update_parameters(**options)
