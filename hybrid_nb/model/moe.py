@@ -36,7 +36,7 @@ class Router(nn.Module):
         return p_NE, w_NK / w_NK.sum(-1, keepdim=True) if self.norm else w_NK, expert_NK
 
 # %% ../../nbs/model/07_moe.ipynb #a6040f0c
-@torch.library.custom_op("hybrid_nb::grouped_linear", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::grouped_linear", mutates_args=())
 def _grouped_linear(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     y_MF = x_MD.new_empty(len(x_MD), weight_EFD.shape[1])
     sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
@@ -48,7 +48,7 @@ def _grouped_linear(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 def _(x_MD, weight_EFD, ends_E):
     return x_MD.new_empty(x_MD.shape[0], weight_EFD.shape[1])
 
-@torch.library.custom_op("hybrid_nb::grouped_linear_backward", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::grouped_linear_backward", mutates_args=())
 def _grouped_linear_backward(grad_MF: Tensor, x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, grad_w = torch.empty_like(x_MD), torch.empty_like(weight_EFD)
     sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
