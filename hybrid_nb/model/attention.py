@@ -319,7 +319,7 @@ def _window_blocks(T: int, S: int, window: int, block: int):
         yield slice(i, j), slice(max(0, first), S - T + j), max(0, -first)
 
 # %% ../../nbs/model/04_attention.ipynb #33e204c8
-@torch.library.custom_op("hybrid_nb::window_attention", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::window_attention", mutates_args=())
 def _window_loop(
     q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, keep_BS: Tensor | None, text_BS: Tensor | None,
     window: int, dropout: float, block: int, save: bool,
@@ -359,7 +359,7 @@ def _(q_BHTK, k_BGSK, v_BGSK, keep_BS, text_BS, window, dropout, block, save):
     return q_BHTK.new_empty(q_BHTK.shape), kept
 
 # %% ../../nbs/model/04_attention.ipynb #08e174e4
-@torch.library.custom_op("hybrid_nb::window_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::window_attention_backward", mutates_args=())
 def _window_loop_backward(
     grad_BHTK: Tensor, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, kept: list[Tensor], window: int, dropout: float, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:

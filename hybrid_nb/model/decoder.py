@@ -358,7 +358,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             keep_positions(past_key_values, texts.position_BS)
         return mask
 
-
 # %% ../../nbs/model/11_decoder.ipynb #beb79244
 def make_decoder(
     shape: ModelConfig,

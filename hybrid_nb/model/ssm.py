@@ -611,7 +611,7 @@ def _native_backward(
     return *out[:2], *(t[..., :N].contiguous() for t in out[2:])
 
 # %% ../../nbs/model/05_ssm.ipynb #9d9d4bc7
-@torch.library.custom_op("hybrid_nb::selective_scan", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::selective_scan", mutates_args=())
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, first: Tensor | None, keep: bool, native: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -624,7 +624,7 @@ def _(x, dt, A, B, C, state, first, keep, native):
     borders = x.new_empty((x.shape[0], -(-x.shape[1] // CHUNK), *A.shape) if keep else (0,))
     return x.new_empty(x.shape), x.new_empty(state.shape), borders
 
-@torch.library.custom_op("hybrid_nb::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::selective_scan_backward", mutates_args=())
 def _scan_backward(
     dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, borders: Tensor, first: Tensor | None,
     native: bool,
