@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_
 QUIET := KINETO_LOG_LEVEL=99
 METADATA := settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: setup hooks demo test sync reports docs readme clean
+.PHONY: setup hooks demo test type-check sync reports docs readme clean
 
 $(VENV)/.base: $(METADATA)
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f'$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 to 3.13 are tried: make PYTHON=python3.12')"
@@ -43,7 +43,12 @@ test: $(VENV)/.dev sync
 	cp -R settings.ini constraints.txt pipelines hybrid_nb "$$copy" && cd "$$copy" && \
 	$(OFFLINE) $(QUIET) PYTHONPATH="$$copy" "$$bin/nbdev_test" --n_workers 1 --timing --path pipelines
 	$(BIN)/ruff check nbs pipelines tests hooks docs setup.py
+	$(BIN)/mypy
 	$(OFFLINE) $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+# The annotations of hybrid_nb/, by [tool.mypy] in pyproject.toml.
+type-check: $(VENV)/.dev
+	$(BIN)/mypy
 
 # In a copy, so that work in progress is never rewritten: export and clean must change nothing.
 sync: $(VENV)/.dev
@@ -85,5 +90,5 @@ readme:
 	@$(BIN)/python docs/build.py $(OUT)
 
 clean:
-	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find nbs pipelines tests hybrid_nb -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

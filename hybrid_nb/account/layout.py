@@ -114,7 +114,7 @@ def layout_bytes(
         c = 2 if parts["half-precision copies"] else 4
         parts["half-precision copies"] -= 2 * matrices if c == 2 else 0
         narrow = replace(config, model=replace(m, d_ff=m.d_ff // 2))
-        inner = c * (m.d_model + m.n_kv_head * m.d_head) + 2 * m.n_head
-        layers = 1 if t.gradient_checkpointing else m.n_layer
-        parts["activations"] = memory(narrow, **options)["activations"] - layers * inner * t.batch_size * t.seq_len
+        inner = c * (m.d_model + m.d_kv) + 2 * m.n_head
+        n_layer = 1 if t.gradient_checkpointing else m.n_layer
+        parts["activations"] = memory(narrow, **options)["activations"] - n_layer * inner * t.batch_size * t.seq_len
     return {"weights": parts["weights"], "gathered": gathered} | {name: size for name, size in parts.items() if name != "weights"}

@@ -29,9 +29,8 @@ QUERY_BLOCK = 128  # queries per block of attention on a CPU
 BLOCKS_UP_TO = 2048  # tokens; longer sequences use fused attention on a CPU too
 SCAN_CHUNK = 32  # positions between two states that the scan keeps
 
-def _attention_bytes(config: Config, c: int, fused: bool) -> float:
-    m, T = config.model, config.train.seq_len
-    D, KV, block = m.d_model, m.n_kv_head * m.d_head, min(QUERY_BLOCK, config.train.seq_len)
+def _attention_bytes(m: ModelConfig, T: int, c: int, fused: bool) -> float:
+    D, KV, block = m.d_model, m.d_kv, min(QUERY_BLOCK, T)
     if fused:
         return c * (2 * D + 2 * KV) + 4 * m.n_head
     output = D if m.o in ("trainable", "orthogonal", "gaussian") else 0
@@ -39,9 +38,8 @@ def _attention_bytes(config: Config, c: int, fused: bool) -> float:
     probs = (4 + noise + (c if c == 2 else 0)) * m.n_head * (T + block) / 2
     return c * (D + output + (math.ceil(T / block) + 1) * KV) + probs
 
-def _hybrid_layer_bytes(config: Config, c: int, fused: bool) -> float:
-    m, T, block = config.model, config.train.seq_len, min(QUERY_BLOCK, config.train.seq_len)
-    D, E, KV = m.d_model, m.d_inner, m.n_kv_head * m.d_head
+def _hybrid_layer_bytes(m: HybridConfig, T: int, c: int, fused: bool) -> float:
+    D, E, KV, block = m.d_model, m.d_inner, m.d_kv, min(QUERY_BLOCK, T)
     maps = c * (15 * D + 2 * m.d_ff + m.gate_rank + m.dt_rank) + 8 * D + 16 + (c * D if m.dropout else 0)
     scan = (c * (6 if c == 4 else 7) + 16) * E + 8 * m.d_state + 4 * E * m.d_state * math.ceil(T / SCAN_CHUNK) / T
     if fused:
@@ -51,8 +49,8 @@ def _hybrid_layer_bytes(config: Config, c: int, fused: bool) -> float:
     probs = 4 * (m.n_head - m.global_heads) * seen / T + (4 if c == 4 else 6) * m.global_heads * (T + block) / 2
     return maps + scan + c * (D + 2 * KV) + probs
 
-def _adapter_bytes(config: Config, c: int) -> float:
-    m, queries, both = config.model, config.model.d_model, config.model.d_model + config.model.n_kv_head * config.model.d_head
+def _adapter_bytes(m: ModelConfig, c: int) -> float:
+    queries, both = m.d_model, m.d_model + m.d_kv
     corrected = sum(m.state(role).startswith("frozen") for role in "qk")
     norms = 8 * both + 4 * (m.n_head + m.n_kv_head) if m.qk_norm else 0
     return norms + c * (m.qk_rank * corrected + (2 * both if m.qk_shift else 0) + (queries if m.qk_temperature else 0))
@@ -66,14 +64,14 @@ def _ffn_bytes(m: ModelConfig, layer: int, c: int) -> float:
 
 def _layer_bytes(config: Config, c: int, fused: bool) -> float:
     "Bytes that autograd keeps per token of a layer, at c bytes per element: the mean over layers, or with checkpointing the maximum."
-    m = config.model
+    m, T = config.model, config.train.seq_len
     if isinstance(m, HybridConfig):
-        return _hybrid_layer_bytes(config, c, fused)
+        return _hybrid_layer_bytes(m, T, c, fused)
     inputs = 2 if any(not m.state(role).startswith("frozen") for role in "qkv") or m.qk_rank else 1
     every = [_ffn_bytes(m, layer, c) for layer in range(m.n_layer)]
     ffn = max(every) if config.train.gradient_checkpointing else sum(every) / m.n_layer
     noise = 2 * m.d_model * (1 if fused else c) if m.dropout else 0
-    return c * (2 + inputs) * m.d_model + ffn + 16 + _attention_bytes(config, c, fused) + _adapter_bytes(config, c) + noise
+    return c * (2 + inputs) * m.d_model + ffn + 16 + _attention_bytes(m, T, c, fused) + _adapter_bytes(m, c) + noise
 
 # %% ../../nbs/account/04_memory.ipynb #eeb623d6
 def _state_bytes(config: Config, adapters: int = 0) -> dict[str, int]:

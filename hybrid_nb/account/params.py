@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..config.config import Config, HybridConfig
+from ..config.config import Config, HybridConfig, ModelConfig
 
 # %% ../../nbs/account/02_params.ipynb #65bd6597
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class ParamRow:
         return math.prod(self.shape)
 
 # %% ../../nbs/account/02_params.ipynb #0ed4f88c
-def _projection_rows(config: Config, layer: int | None, roles: str) -> list[ParamRow]:
-    m, rows = config.model, []
+def _projection_rows(m: ModelConfig, layer: int | None, roles: str) -> list[ParamRow]:
+    rows = []
     for role in roles:
-        heads = m.n_head if role in "qo" else m.n_kv_head
-        out, inner = (m.d_model, heads * m.d_head) if role == "o" else (heads * m.d_head, m.d_model)
+        width = m.d_model if role in "qo" else m.d_kv
+        out, inner = (m.d_model, width) if role == "o" else (width, m.d_model)
         state = m.state(role)
         if state != "none":
             rows.append(ParamRow(layer, f"attention.{role}", (out, inner), state.startswith("frozen")))
@@ -40,10 +40,10 @@ def _projection_rows(config: Config, layer: int | None, roles: str) -> list[Para
     return rows
 
 # %% ../../nbs/account/02_params.ipynb #a39bffda
-def _adapter_rows(config: Config, layer: int) -> list[ParamRow]:
+def _adapter_rows(m: ModelConfig, layer: int) -> list[ParamRow]:
     "Rows of the trainable parts around Q and K."
-    m, rows = config.model, []
-    for role, width in (("q", m.d_model), ("k", m.n_kv_head * m.d_head)):
+    rows = []
+    for role, width in (("q", m.d_model), ("k", m.d_kv)):
         if m.qk_rank and m.state(role).startswith("frozen"):
             shapes = {"down": (m.qk_rank, m.d_model), "up": (width, m.qk_rank)}
             rows += [ParamRow(layer, f"attention.{role}.{part}", shape) for part, shape in shapes.items()]
@@ -52,22 +52,22 @@ def _adapter_rows(config: Config, layer: int) -> list[ParamRow]:
     return rows + ([ParamRow(layer, "attention.temperature", (m.n_head,))] if m.qk_temperature else [])
 
 # %% ../../nbs/account/02_params.ipynb #4f4e0c63
-def _norm_rows(config: Config, layer: int | None, name: str) -> list[ParamRow]:
-    parts = ("weight",) if getattr(config.model, "norm", "layernorm") == "rmsnorm" else ("weight", "bias")
-    return [ParamRow(layer, f"{name}.{part}", (config.model.d_model,)) for part in parts]
+def _norm_rows(m: ModelConfig | HybridConfig, layer: int | None, name: str) -> list[ParamRow]:
+    parts = ("weight",) if getattr(m, "norm", "layernorm") == "rmsnorm" else ("weight", "bias")
+    return [ParamRow(layer, f"{name}.{part}", (m.d_model,)) for part in parts]
 
-def _expert_rows(config: Config, layer: int) -> list[ParamRow]:
+def _expert_rows(m: ModelConfig, layer: int) -> list[ParamRow]:
     "Rows of a router, the stacked routed experts, and the shared experts as one network."
-    m, rows = config.model, [ParamRow(layer, "ffn.router", (config.model.n_routed_experts, config.model.d_model))]
+    rows = [ParamRow(layer, "ffn.router", (m.n_routed_experts, m.d_model))]
     for part, stack, width in (("experts", (m.n_routed_experts,), m.d_expert), ("shared", (), m.n_shared_experts * m.d_expert)):
         shapes = {"gate": (width, m.d_model), "up": (width, m.d_model), "down": (m.d_model, width)}
         rows += [ParamRow(layer, f"ffn.{part}.{name}", stack + shape) for name, shape in shapes.items() if width]
     return rows
 
-def _ffn_rows(config: Config, layer: int) -> list[ParamRow]:
-    m, rows = config.model, []
+def _ffn_rows(m: ModelConfig, layer: int) -> list[ParamRow]:
+    rows = []
     if m.is_moe(layer):
-        return _expert_rows(config, layer)
+        return _expert_rows(m, layer)
     for name in ("up", "down") if m.ffn == "gelu" else ("gate", "up", "down"):
         shape = (m.d_model, m.d_ff) if name == "down" else (m.d_ff, m.d_model)
         rows.append(ParamRow(layer, f"ffn.{name}", shape))
@@ -86,11 +86,10 @@ def _srte_rows(m: HybridConfig, layer: int | None) -> list[ParamRow]:
         return [ParamRow(layer, "srte.freqs", (1, m.max_seq_len, m.d_model))]
     return [ParamRow(layer, "srte.lowrank", (1, m.max_seq_len, rank)), ParamRow(layer, "srte.proj", (m.d_model, rank))]
 
-def _hybrid_block_rows(config: Config, layer: int) -> list[ParamRow]:
-    m, D, E = config.model, config.model.d_model, config.model.d_inner
-    kv = m.n_kv_head * m.d_head
+def _hybrid_block_rows(m: HybridConfig, layer: int) -> list[ParamRow]:
+    D, E, kv = m.d_model, m.d_inner, m.d_kv
     return [
-        *_norm_rows(config, layer, "norm1"), *([] if m.srte_share_across_layers else _srte_rows(m, layer)),
+        *_norm_rows(m, layer, "norm1"), *([] if m.srte_share_across_layers else _srte_rows(m, layer)),
         *_linear_rows(layer, "mamba.in", 2 * E, D),
         ParamRow(layer, "mamba.conv", (E, 1, m.d_conv)), ParamRow(layer, "mamba.conv.bias", (E,)),
         *_linear_rows(layer, "mamba.x", m.dt_rank + 2 * m.d_state, E, bias=False), *_linear_rows(layer, "mamba.dt", E, m.dt_rank),
@@ -102,7 +101,7 @@ def _hybrid_block_rows(config: Config, layer: int) -> list[ParamRow]:
         *_linear_rows(layer, "gate.down", m.gate_rank, D, bias=False), *_linear_rows(layer, "gate.up", D, m.gate_rank, bias=False),
         *_linear_rows(layer, "fusion", D, D),
         *_linear_rows(layer, "mlp.up", m.d_ff, D), *_linear_rows(layer, "mlp.down", D, m.d_ff),
-        *_norm_rows(config, layer, "norm2"),
+        *_norm_rows(m, layer, "norm2"),
     ]
 
 # %% ../../nbs/account/02_params.ipynb #2f6b439d
@@ -114,17 +113,17 @@ def param_rows(config: Config) -> tuple[ParamRow, ...]:
     if isinstance(m, HybridConfig):
         rows += _srte_rows(m, None) if m.srte_share_across_layers else []
         for layer in range(m.n_layer):
-            rows += _hybrid_block_rows(config, layer)
+            rows += _hybrid_block_rows(m, layer)
     else:
         shared = "".join(role for role in "qkvo" if m.is_shared(role))
         rows += [ParamRow(None, "embedding.positions", (m.max_seq_len, m.d_model))] if m.position == "learned" else []
-        rows += _projection_rows(config, None, shared)
+        rows += _projection_rows(m, None, shared)
         for layer in range(m.n_layer):
-            rows += _norm_rows(config, layer, "norm1")
-            rows += _projection_rows(config, layer, "".join(role for role in "qkvo" if role not in shared))
-            rows += _adapter_rows(config, layer)
-            rows += _norm_rows(config, layer, "norm2") + _ffn_rows(config, layer)
-    rows += _norm_rows(config, None, "norm")
+            rows += _norm_rows(m, layer, "norm1")
+            rows += _projection_rows(m, layer, "".join(role for role in "qkvo" if role not in shared))
+            rows += _adapter_rows(m, layer)
+            rows += _norm_rows(m, layer, "norm2") + _ffn_rows(m, layer)
+    rows += _norm_rows(m, None, "norm")
     return tuple(rows + ([] if m.tie_embeddings else [ParamRow(None, "head", (m.vocab_size, m.d_model))]))
 
 # %% ../../nbs/account/02_params.ipynb #f7ca7b6f
@@ -145,8 +144,9 @@ def estimate_params(config: Config) -> int:
 
 def active_elements(config: Config, row: ParamRow) -> int:
     "The number of active elements of a weight per token: of routed experts, only the chosen ones count."
-    routed = row.module.startswith("ffn.experts")
-    return row.count // row.shape[0] * config.model.num_experts_per_tok if routed else row.count
+    if isinstance(config.model, ModelConfig) and row.module.startswith("ffn.experts"):
+        return row.count // row.shape[0] * config.model.num_experts_per_tok
+    return row.count
 
 def active_params(config: Config) -> int:
     "The number of active parameters per token; all parameters in a model without routing."

@@ -13,7 +13,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from .flops import ASSUMED_MFU, flops_per_token, run_flops, run_seconds, run_tokens
 from ..config.cast import cast
@@ -57,7 +57,7 @@ def trial_flops(
 def trial_config(
     config: Config,
     flops: float = TRIAL_FLOPS,  # approximate FLOPs of its training steps
-    precision: str | None = None,  # of the trial; None: the configuration's
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None,  # of the trial; None: the configuration's
 ) -> Config:
     "The configuration with the same model and optimizer on a schedule that a CPU finishes in minutes, of at least ten steps."
     t, tokens = config.train, flops / flops_per_token(config).hardware

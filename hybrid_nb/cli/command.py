@@ -14,11 +14,12 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
-from .parameters import _GIVES, cast_parameters, given_parameters, read_command
+from ..account.plan import cast_parameters
+from .parameters import _GIVES, given_parameters, read_command
 from ..config.errors import IO, ConfigError, RunError
 from ..config.yaml import find_file, shipped
 from ..report.pipelines import declared, opt_in, report_name
@@ -71,9 +72,10 @@ class OutputLock:
         if free < self.SPACE:
             raise RunError(f"{report.parent} has {free >> 20} MiB free; a report needs {self.SPACE >> 20}", IO)
         with io_errors(f"cannot write to {report.parent}"):
-            self.lock = take_lock(self.path, 0.1)
-        if self.lock is None:
+            lock = take_lock(self.path, 0.1)
+        if lock is None:
             raise RunError(f"another process is making {report.name}")
+        self.lock = lock
         _remove_left(report.parent, report.stem)
 
     def release(self):
@@ -148,9 +150,9 @@ def complete_command(
         _claim(OutputLock(_checked(Path(os.path.abspath(output)))))
     return [argv[0], *words, "--engine", "hybrid_nb", "--", _unformatted(str(path)), output]
 
-def _is_file(output: str | None) -> bool:
+def _is_file(output: str | None) -> TypeGuard[str]:
     "True for paths of files; False for stdout and URLs, which papermill handles."
-    return bool(output) and output != "-" and "://" not in output
+    return output not in (None, "", "-") and "://" not in output
 
 def _checked(report: Path) -> Path:
     "The path, if it is valid for a report."

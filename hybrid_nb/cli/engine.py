@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..account.plan import cast_parameters
 from .command import OutputLock, _checked, _claims, _is_file, _unformatted, complete_command, papermill_command, reports_folder
 from .execute import execute
-from .parameters import cast_parameters
 from ..config.errors import ConfigError, RunError, closest
 from ..config.yaml import find_file, shipped
 from ..report.pipelines import declared, opt_in, report_name
@@ -28,7 +28,7 @@ from ..runs.secrets import redact
 class SkipFirstWrite:
     "A papermill handler for the path of a published report, which ignores the first write to it."
 
-    def __init__(self, path: str):
+    def __init__(self, path: str | None):
         from papermill.iorw import LocalHandler, papermill_io
 
         self.path, self.local = path, LocalHandler()

@@ -116,7 +116,7 @@ def _check_cells(nb, results: dict[str, Any], made: dict[str, list]) -> tuple[li
         name, given = _last_call(cell.source)
         data = [o.get("data") or {} for o in cell.outputs]
         named = [results["tables"][word] for word in given if isinstance(word, str) and word in results["tables"]]
-        wanted, shown = current_words(named or made.get(name, [])), [current_words(_shown_table(d)) for d in data if "text/html" in d]
+        wanted, shown = current_words(named or made.get(name or "", [])), [current_words(_shown_table(d)) for d in data if "text/html" in d]
         equal = [t is not None and any(_equal_tables(t, w) for w in wanted or every) for t in shown]
         expected = next((mime for pattern, mime in _SHOWS.items() if re.fullmatch(pattern, name or "")), None)
         if expected and not any(expected in d for d in data):
@@ -146,7 +146,7 @@ def _check_records(nb, result: dict[str, Any]) -> tuple[list[str], str]:
     if former:
         now, made = former, made | {"verdict_table": [_reasons(then)]}
     tables = {name: [_in_order(r["tables"].get(name)) for r in (then, now)] for name in now["tables"] | then["tables"]}
-    pairs = {name: (then.get(name), now.get(name)) for name in now | then if name != "tables"}
+    pairs: dict[str, Any] = {name: (then.get(name), now.get(name)) for name in now | then if name != "tables"}
     pairs |= {f"table {name}": pair for name, pair in tables.items()}
     pairs |= {f"shown {k}": (said[k], now[n]) for k, n in (("verdict", "verdict"), ("headline", "summary"))}
     wrong = sorted(n for n, pair in pairs.items() if len({json.dumps(value, sort_keys=True) for value in pair}) > 1)
@@ -179,9 +179,9 @@ def _check_parameters(nb) -> list[str]:
 
     making = nb.metadata.get("papermill")
     given = (making.get("parameters") if isinstance(making, dict) else None) or {}
-    cells, values = [c.source for c in nb.cells if _injected(c)], {}
-    for node in ast.parse("\n".join(cells)).body:
-        values[node.targets[0].id] = ast.literal_eval(node.value)
+    cells = [c.source for c in nb.cells if _injected(c)]
+    nodes = [node for node in ast.parse("\n".join(cells)).body if isinstance(node, ast.Assign)]
+    values = {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in nodes}
     alike = cells == [translate_parameters("python3", "python", values, "Parameters").strip()] * bool(values)
     return [] if alike and {k: v for k, v in values.items() if k not in _PATHS} == given else ["the parameters"]
 

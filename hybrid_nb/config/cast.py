@@ -14,7 +14,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from .errors import _check, _is_text, brief, closest
+from .errors import ConfigError, _check, _is_text, brief, closest
 
 # %% ../../nbs/config/02_cast.ipynb #30f6b07a
 _VALUES = {("schedule", "cosine_with_restarts"): "cosine-restarts", ("source", "TinyStories"): "hf:roneneldan/TinyStories"}
@@ -26,7 +26,8 @@ def _own_value(name: str, value: Any) -> Any:
 def _parse_rate(text: str) -> dict[str, Any]:
     "Split document 002's phrase of rate and schedule into fields: '3e-4 (warmup 2K steps, cosine decay)'."
     match = re.fullmatch(r"\s*([\d.e+-]{1,20})\s*\(warmup (\d{1,6})K steps, (\w{1,40}) decay\)\s*", text)
-    _check(match is not None, f"learning_rate={brief(text)} is neither a number nor 'RATE (warmup NK steps, NAME decay)'")
+    if match is None:
+        raise ConfigError(f"learning_rate={brief(text)} is neither a number nor 'RATE (warmup NK steps, NAME decay)'")
     rate, warmup, name = match.groups()
     return {"lr": cast("learning_rate", rate, float), "warmup_steps": int(warmup) * 1000, "schedule": _own_value("schedule", name)}
 
@@ -51,7 +52,7 @@ def cast_number(
     try:
         number = _number(value) if isinstance(value, str) else value
         finite = math.isfinite(number)
-        typed = hint(number) if finite else None
+        typed: Any = hint(number) if finite else None
     except (ValueError, OverflowError):
         finite, typed = True, None
     _check(finite, f"{name}={brief(value)} is not a finite number")

@@ -95,7 +95,7 @@ def understood(
             agree(found, name, v, f"{key}={brief(value)}")
     return found
 
-def _understanding(record: type) -> type:
+def _understanding(record: Any) -> Any:
     "A record class whose constructor accepts every alias of its fields."
     plain, names = record.__init__, {f.name for f in fields(record)}
 
@@ -169,8 +169,8 @@ class ModelConfig:
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         frozen = [role for role in "qkvo" if self.state(role).startswith("frozen")]
         _check(bool(frozen) or not self.ortho_shared, "ortho_shared=True needs a frozen projection: none of q, k, v, o is")
-        narrow = self.n_kv_head * self.d_head
-        _check(0 <= self.qk_rank < narrow, f"qk_rank={self.qk_rank} must be below n_kv_head * d_head = {narrow}, or 0 for no correction")
+        _check(0 <= self.qk_rank < self.d_kv,
+               f"qk_rank={self.qk_rank} must be below n_kv_head * d_head = {self.d_kv}, or 0 for no correction")
         _check(self.qk_rank == 0 or bool({"q", "k"} & {*frozen}), f"qk_rank={self.qk_rank} corrects frozen projections: neither q nor k is")
         stretched = self.rope_type != "default"
         _check(self.rope_factor >= 1, f"rope_factor={self.rope_factor} must be at least 1")
@@ -195,6 +195,11 @@ class ModelConfig:
     def d_head(self) -> int:
         "Width of one head."
         return self.d_model // self.n_head
+
+    @property
+    def d_kv(self) -> int:
+        "Width of all keys, and of all values."
+        return self.n_kv_head * self.d_head
 
     @property
     def freeze_qk(self) -> bool | None:
@@ -293,6 +298,11 @@ class HybridConfig:
     def d_head(self) -> int:
         "Width of one head."
         return self.d_model // self.n_head
+
+    @property
+    def d_kv(self) -> int:
+        "Width of all keys, and of all values."
+        return self.n_kv_head * self.d_head
 
     @property
     def d_inner(self) -> int:

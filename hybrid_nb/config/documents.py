@@ -107,7 +107,7 @@ def load_config(
     "The configuration that a YAML file describes; a line on stderr names sections that have no effect."
     path = find_file(path)
     raw = read_yaml_file(path)
-    _check(isinstance(raw, dict) and raw, f"{str(path)[-200:]} holds no mapping of names to values")
+    _check(isinstance(raw, dict) and bool(raw), f"{str(path)[-200:]} holds no mapping of names to values")
     raw = {"name": Path(path).stem} | raw
     told = [name for name in _TOLD if raw.pop(name, None) is not None]
     if raw.keys() & {"experiment", "projector"}:

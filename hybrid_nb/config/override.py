@@ -62,7 +62,7 @@ def resolve(
 def _with(config: Config, found: dict[str, dict[str, Any]]) -> Config:
     "A configuration with the given fields of each record replaced."
     now = {part: getattr(config, part) for part in found}
-    made = {part: _OPTIONAL[part](**values) if now[part] is None else
+    made: dict[str, Any] = {part: _OPTIONAL[part](**values) if now[part] is None else
             changed(now[part], values) if part == "model" else replace(now[part], **values) for part, values in found.items()}
     return replace(config, **made)
 

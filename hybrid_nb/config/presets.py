@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from .cast import cast
-from .config import _OPTIONAL, Config, DataConfig, HybridConfig, ModelConfig, TrainConfig
+from .config import _OPTIONAL, Config, DataConfig, HybridConfig, ModelConfig, Projection, TrainConfig
 from .errors import ConfigError, _check, brief, closest
 from .override import override
 
@@ -21,7 +21,7 @@ def _ora(n_layer: int, d_model: int) -> ModelConfig:
                        max_seq_len=512, dropout=0.1, attn_dropout=0.1,
                        k="frozen-orthogonal", v="frozen-orthogonal", o="frozen-orthogonal")
 
-def _oelm(state: str) -> ModelConfig:
+def _oelm(state: Projection) -> ModelConfig:
     "The decoder of document 002, section 3.1, with Q and K in the given state."
     return ModelConfig(n_layer=6, d_model=512, n_head=8, d_ff=2048, ffn_bias=True, vocab_size=50_257, max_seq_len=512,
                        position="learned", dropout=0.1, attn_dropout=0.1, q=state, k=state)

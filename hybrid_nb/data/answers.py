@@ -27,15 +27,15 @@ def count_answers(
     part: bool = False,  # count a last window that is not full
 ) -> Answers:
     "The counts of lost examples and empty windows in a split."
-    edges, before, windows, empty = [np.zeros(0, np.int64)], 0, 0, 0
+    parts, before, windows, empty = [np.zeros(0, np.int64)], 0, 0, 0
     for start in range(0, len(given), block := seq_len << 12):
         here = given[start : start + block + 1]
-        edges.append(start + np.flatnonzero(np.diff(here[:block], prepend=before)))
+        parts.append(start + np.flatnonzero(np.diff(here[:block], prepend=before)))
         before, targets = here[:block][-1], here[1:]  # a window predicts tokens from one later on
         full, rest = np.split(targets, [len(targets) // seq_len * seq_len])
         windows += len(full) // seq_len + (part and len(rest) > 0)
         empty += int(full.reshape(-1, seq_len).all(1).sum()) + int(part and len(rest) > 0 and rest.all())
-    edges = np.concatenate(edges)  # each prompt begins at an edge and ends at the next
+    edges = np.concatenate(parts)  # each prompt begins at an edge and ends at the next
     return Answers(len(edges) // 2, int((edges[1::2] - edges[::2] > seq_len).sum()), windows, empty)
 
 MOST_EMPTY = 0.5  # share of windows without targets above which training is refused
@@ -45,7 +45,7 @@ def check_answers(
     seq_len: int,
 ) -> str:  # one line; empty where there is nothing to report
     "A note on the share of examples whose prompt exceeds a window, and of windows without targets; raises where most windows have none."
-    if tokens.given_train is None:
+    if tokens.given_train is None or tokens.given_valid is None:
         return ""
     says = [f"{tokens.empty_answers:,} rows without an answer are left out"] if tokens.empty_answers else []
     for split, given in (("training", tokens.given_train), ("validation", tokens.given_valid)):

@@ -52,7 +52,7 @@ class _Steps(Dataset):
 class _Loader(DataLoader):
     "A loader that raises an error which a worker returned in place of a batch."
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         for found in super().__iter__():
             if isinstance(found, DataError):
                 raise found

@@ -240,7 +240,7 @@ def entropy(
 
     def walk(items, slots, live):
         "Expected nats of a sequence of items, and the distribution of the live slots after it."
-        total, states = 0.0, {slots: 1.0}
+        total, states = 0.0, Counter({slots: 1.0})
         for n, item in enumerate(items):
             later, reached = live.union(*map(reads, items[n + 1:])), Counter()
             for known, p in states.items():

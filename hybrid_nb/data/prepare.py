@@ -25,10 +25,10 @@ def load_tokens(
     verify: bool = False,  # compare the hash of every file, not only its size
 ) -> TokenData:
     "Prepared tokens, after a check of their files."
-    facts = read_manifest(folder, verify)
+    facts: dict[str, Any] = read_manifest(folder, verify)
     files, dtype = sorted(facts.pop("files")), facts.pop("dtype")
-    shards = {s: Shards([folder / f for f in files if f.startswith(f"{s}-")], dtype) for s in ("train", "valid")}
-    given = {name: Shards(paths, "<u2") for name in ("given_train", "given_valid")
+    shards: dict[str, Any] = {s: Shards([folder / f for f in files if f.startswith(f"{s}-")], dtype) for s in ("train", "valid")}
+    given: dict[str, Any] = {name: Shards(paths, "<u2") for name in ("given_train", "given_valid")
              if (paths := [folder / f for f in files if f.startswith(f"{name.replace('_', '-')}-")])}
     return TokenData(folder=folder, source="", tokenizer="", **facts, **shards, **given)
 

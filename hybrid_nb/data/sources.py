@@ -363,7 +363,7 @@ def grammar_corpus(data: DataConfig) -> Corpus:
         return (Document(split, *s) for split, n in count.items() for s in generate(n, data.grammar_seed, split))
 
     rules = {name: [r.slots, r.tables] if isinstance(r, Given) else r for name, r in GRAMMAR.items()}
-    size = sum(count.values()) * np.mean([len(s.text) for s in generate(50)])
+    size = sum(count.values()) * float(np.mean([len(s.text) for s in generate(50)]))
     return Corpus(data.source, _digest("grammar", rules, data.grammar_seed, count), documents, size, grammar_entropy())
 
 def corpus(

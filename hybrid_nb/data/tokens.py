@@ -45,7 +45,7 @@ class ShardWriter:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.counts, self.digest, self.total = np.zeros(vocab_size, np.int64), hashlib.sha256(), 0
-        self.file = None
+        self.file: Any = None
 
     def write(self, tokens: np.ndarray):
         self.counts += np.bincount(tokens, minlength=len(self.counts))

@@ -91,8 +91,7 @@ def projection(
     layer: int = 0,  # frozen weights differ between layers
 ) -> nn.Module | None:  # None: the configuration has no such projection
     "The linear map of one role in one layer."
-    heads = config.n_head if role in "qo" else config.n_kv_head
-    inner, state = heads * config.d_head, config.state(role)
+    inner, state = config.d_model if role in "qo" else config.d_kv, config.state(role)
     sizes = (inner, config.d_model) if role == "o" else (config.d_model, inner)
     if state == "none":
         return None
@@ -100,7 +99,7 @@ def projection(
         return nn.Linear(*sizes, bias=config.attn_bias)
     method = "gaussian" if state.endswith("gaussian") else {"global": "qr"}.get(config.ortho_method, config.ortho_method)
     return OrthogonalLinear(*sizes, config.attn_bias, method, state.startswith("frozen"),
-                            n_head=heads, seed=config.ortho_seed, layer=layer, role=role)
+                            n_head=inner // config.d_head, seed=config.ortho_seed, layer=layer, role=role)
 
 # %% ../../nbs/model/04_attention.ipynb #d34098f1
 class RMSNorm(nn.RMSNorm):
@@ -185,7 +184,7 @@ def kept_positions(
     past: int,  # tokens in it
 ) -> Tensor | None:  # (B or 1, past); None: not known
     "The positions of the tokens in a cache."
-    positions = getattr(cache.layers[0] if cache.layers else cache, "positions", None) if past else None
+    positions = getattr(cache.layers[0] if cache.layers else cache, "positions", None) if cache is not None and past else None
     return positions if positions is not None and positions.shape[1] == past else None
 
 def keep_positions(
@@ -208,13 +207,14 @@ class QKAdapter(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        widths = {"q": config.d_model, "k": config.n_kv_head * config.d_head}
+        widths = {"q": config.d_model, "k": config.d_kv}
         corrected = [r for r in widths if config.qk_rank and config.state(r).startswith("frozen")]
         self.down = nn.ModuleDict({r: nn.Linear(config.d_model, config.qk_rank, bias=False) for r in corrected})
-        self.up = nn.ModuleDict({r: nn.Linear(config.qk_rank, widths[r], bias=False) for r in corrected})
-        for module in self.up.values():
-            module.init_scale = 0.0
+        up = {r: nn.Linear(config.qk_rank, widths[r], bias=False) for r in corrected}
+        for module in up.values():
+            module.init_scale = 0.0  # type: ignore[assignment]
             nn.init.zeros_(module.weight)
+        self.up = nn.ModuleDict(up)
         self.shift = nn.ParameterDict({r: torch.zeros(n) for r, n in widths.items()} if config.qk_shift else {})
         self.norm = nn.ModuleDict({r: RMSNorm(config.d_head, config.norm_eps) for r in widths} if config.qk_norm else {})
         self.temperature = nn.Parameter(torch.ones(config.n_head)) if config.qk_temperature else None
@@ -401,8 +401,8 @@ def _window_batched(q_BHTK, k_BGSK, v_BGSK, keep_BS, text_BS, window: int, dropo
     block, R = min(block, T), H // G
     n_block, length = -(-T // block), block + window - 1
     left, right = window - 1 - (S - T), n_block * block - T
-    stripes = (F.pad(t, (0, 0, left, right)).unfold(2, length, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
-               for t in (k_BGSK, v_BGSK))
+    keys, values = (F.pad(t, (0, 0, left, right)).unfold(2, length, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+                    for t in (k_BGSK, v_BGSK))
     q = F.pad(q_BHTK, (0, 0, 0, right)).view(B, G, R, n_block, block, K).permute(0, 3, 1, 2, 4, 5)
     if keep_BS is None:
         keep_BS = torch.ones(1, S, dtype=torch.bool, device=q_BHTK.device)
@@ -412,7 +412,7 @@ def _window_batched(q_BHTK, k_BGSK, v_BGSK, keep_BS, text_BS, window: int, dropo
         stripe = F.pad(text_BS, (left, right)).unfold(1, length, block)
         mask = mask & (stripe[:, :, -block:, None] == stripe[:, :, None])
     mask = (mask | ~mask.any(-1, keepdim=True)).repeat(1, 1, R, 1).expand(B, -1, -1, -1)
-    out = F.scaled_dot_product_attention(q.reshape(B * n_block, G, R * block, K), *stripes,
+    out = F.scaled_dot_product_attention(q.reshape(B * n_block, G, R * block, K), keys, values,
                                          mask.reshape(B * n_block, 1, R * block, length), dropout)
     out = out.view(B, n_block, G, R, block, K).permute(0, 2, 3, 1, 4, 5)
     return out.reshape(B, H, n_block * block, K)[:, :, :T]
@@ -481,7 +481,7 @@ class LocalGlobalAttention(nn.Module):
     def __init__(self, config: HybridConfig, layer: int):
         super().__init__()
         self.shape, self.window = config, config.window_at(layer)
-        D, inner = config.d_model, config.n_kv_head * config.d_head
+        D, inner = config.d_model, config.d_kv
         self.q_proj = nn.Linear(D, D, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(D, inner, bias=False) for _ in "kv")
         self.o_proj = nn.Linear(D, D)
@@ -504,7 +504,7 @@ class LocalGlobalAttention(nn.Module):
         for name, heads, groups in (("local", slice(n_local), slice(g_local)), ("global", slice(n_local, None), slice(g_local, None))):
             if q[:, heads].shape[1]:
                 out.append(self._attend(name, q[:, heads], k[:, groups], v[:, groups], keep_BS, past, implementation, text_BS, seen))
-        if maps is not None:
+        if maps is not None and seen is not None:
             longest = max(p.shape[-1] for p, _ in seen)
             maps.append(torch.cat([F.pad(p, (longest - p.shape[-1], 0)) for p, _ in seen], dim=1))
             parts = zip(maps[-1].split([p.shape[1] for p, _ in seen], dim=1), seen, strict=True)  # slices of the map: gradients reach it
@@ -532,6 +532,6 @@ class LocalGlobalAttention(nn.Module):
             mask = mask if text_BS is None else mask & text_mask(text_BS, T)
         probs = None if maps is None else []
         out = attend(q, k, v, mask, dropout, implementation, probs)
-        if maps is not None:
+        if probs is not None:
             maps.append((*probs, v))
         return out

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from ..config.cast import cast
-from ..config.config import MODEL_NAMES, QK_STATES, ModelConfig, changed, names_of, understood
+from ..config.config import MODEL_NAMES, QK_STATES, HybridConfig, ModelConfig, changed, names_of, understood
 from ..config.errors import ConfigError, brief, closest
 from .attention import Attention, RMSNorm, ShiftedLayer, keep_positions, kept_positions, projection, shifted_cache
 from .foreign import attribute_names, check_foreign, foreign_names
@@ -39,7 +39,7 @@ from .texts import Texts, causal_mask, check_holes, count_targets, next_tokens, 
 class DecoderConfig(PreTrainedConfig):
     "The fields of a `ModelConfig` in the form that transformers saves beside weights."
     model_type = "hybrid_nb_decoder"
-    record = ModelConfig  # whose fields this configuration carries
+    record: type = ModelConfig  # whose fields this configuration carries
     attribute_map = attribute_names(ModelConfig)
     keys_to_ignore_at_inference = ["past_key_values", "token_loss", "routing"]
 
@@ -75,7 +75,7 @@ class DecoderConfig(PreTrainedConfig):
         self.q = self.k = QK_STATES[cast("freeze_qk", value, bool | None)]
 
     @classmethod
-    def from_model(cls, shape: ModelConfig, **values) -> "DecoderConfig":
+    def from_model(cls, shape: ModelConfig | HybridConfig, **values) -> "DecoderConfig":
         "The configuration of a shape; further values (`eos_token_id`, ...) are those of transformers."
         return cls(**vars(shape), **values)
 
@@ -357,7 +357,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if texts is not None:
             keep_positions(past_key_values, texts.position_BS)
         return mask
-
 
 # %% ../../nbs/model/11_decoder.ipynb #beb79244
 def make_decoder(

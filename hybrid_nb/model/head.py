@@ -30,9 +30,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = loss - (logp.gather(1, index)[:, 0] * real).sum()
             if need_h or need_w:
                 grad_z = (logp.exp().scatter_add(1, index, -torch.ones_like(index, dtype=logp.dtype)) * real[:, None]).to(h.dtype)
-                if need_h:
+                if grad_h is not None:
                     grad_h[i : i + chunk] = grad_z @ weight
-                if need_w:
+                if grad_w is not None:
                     grad_w += grad_z.T @ h
         ctx.save_for_backward(grad_h, grad_w)
         ctx.dtype = w_VD.dtype

@@ -187,7 +187,9 @@ class HybridCache(PositionsKept, Cache):
         super().batch_select_indices(indices)
         self.states = [{name: t.index_select(0, indices.to(t.device)) for name, t in state.items()} for state in self.states]
 
-    reorder_cache = batch_select_indices  # beam search
+    def reorder_cache(self, beam_idx: Tensor):
+        "Keep the samples that beam search goes on with."
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int):
         "Repeat each sample."
@@ -250,7 +252,8 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridLanguageModelConfig):
         super().__init__(config)
-        self.shape = shape = config.shape
+        shape: HybridConfig = config.shape  # type: ignore[assignment]
+        self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.d_model)
         self.shared_srte = make_srte(shape) if shape.srte_share_across_layers else None
         self.layers = nn.ModuleList(HybridBlock(shape, i) for i in range(shape.n_layer))
@@ -330,35 +333,35 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
             h_BTD = h_BTD.to(torch.get_autocast_dtype(device.type))
         h_BTD = F.dropout(h_BTD, config.dropout, self.training)
-        states, gates = [h_BTD], []
+        states, every_gate = [h_BTD], []
         for i, layer in enumerate(self.layers):
             kept = None if past_key_values is None else past_key_values.states[i]
             h_BTD, gate = layer(h_BTD, position_ids, time, rope, keep_BS, past=kept, implementation=config._attn_implementation,
                                 texts=None if texts is None or texts.text_BS is None else texts, maps=maps)
             states.append(h_BTD)
-            gates.append(gate)
+            every_gate.append(gate)
         if past_key_values is not None:
             past_key_values.length += T
             keep_positions(past_key_values, texts.position_BS)
         states[-1] = h_BTD = self.norm(h_BTD)
 
-        gates, loss, token_loss, logits, shift_labels = torch.stack(gates), None, None, None, kwargs.get("shift_labels")
+        gates, loss, token_loss, logits, shift_labels = torch.stack(every_gate), None, None, None, kwargs.get("shift_labels")
         if labels is not None:
             shift_labels = next_tokens(labels, texts)
         if shift_labels is not None:
             count_B = count_targets(shift_labels, texts)
-            count = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / count
+            divisor = count_B.sum() if num_items_in_batch is None else num_items_in_batch
+            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / divisor
             if self.training:
-                loss, token_loss = token_loss + gate_loss(gates, count_B / count, shape), token_loss.detach()
+                loss, token_loss = token_loss + gate_loss(gates, count_B / divisor, shape), token_loss.detach()
         if not (self.training and loss is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h_BTD[:, keep])
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        maps = None if maps is None else tuple(m if m.shape[-1] == past + T else F.pad(m, (past + T - m.shape[-1], 0)) for m in maps)
+        padded = None if maps is None else tuple(m if m.shape[-1] == past + T else F.pad(m, (past + T - m.shape[-1], 0)) for m in maps)
         return HybridOutput(loss=loss, logits=logits, past_key_values=past_key_values, token_loss=token_loss, gates=gates.detach(),
                             hidden_states=tuple(states) if output_hidden_states else None,
-                            attentions=maps)
+                            attentions=padded)
 
 register_model(HybridLanguageModelConfig, HybridLanguageModel)
 

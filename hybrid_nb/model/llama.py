@@ -6,6 +6,8 @@
 __all__ = ['to_llama']
 
 # %% ../../nbs/model/12_llama.ipynb #1bdbfd67
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +37,8 @@ def to_llama(model: DecoderForCausalLM) -> LlamaForCausalLM:
             state |= {f"model.layers.{i}.self_attn.{role}_proj.{n}": t for n, t in module.state_dict().items()}
     if c.o == "none":
         state |= {f"model.layers.{i}.self_attn.o_proj.weight": torch.eye(c.d_model) for i in range(c.n_layer)}
-    for i, block in enumerate(model.model.layers if c.adapts_qk else ()):
+    blocks: Any = model.model.layers if c.adapts_qk else ()
+    for i, block in enumerate(blocks):
         at, adapter = f"model.layers.{i}.self_attn", block.self_attn.adapter
         for role, up in adapter.up.items():
             state[f"{at}.{role}_proj.weight"] = state[f"{at}.{role}_proj.weight"] + up.weight @ adapter.down[role].weight

@@ -263,7 +263,7 @@ def _put_back(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             m.training = mode
 
 # %% ../../nbs/model/01_orthogonal.ipynb #e7fb311d
-def _token_loss(model: nn.Module) -> Tensor:
+def _token_loss(model: Any) -> Tensor:
     "The loss of a causal language model on a few random tokens."
     device = next(model.parameters()).device
     tokens = torch.randint(model.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(0)).to(device)
@@ -362,10 +362,11 @@ def diagnose_freeze(
         raise ValueError("the model is on the meta device and has no values: build it on a real one")
     asked = frozen_roles(getattr(model, "config", None) if expected is None else expected)
     gaps = {w.name: _seed_gap(w) for w in _weights(model)}
-    moves, rows = _moves(model, loss, step, steps), []
+    moves = _moves(model, loss, step, steps)
+    rows: list[tuple] = []
     for w in _weights(model):
         role, gap, moved = _role(w), gaps[w.name], moves[w.name]
-        should, cause, verdict = _judge(w, role, asked.get(role), moved, gap)
+        should, cause, verdict = _judge(w, role, asked.get(role) if role else None, moved, gap)
         rows.append((w.name, w.kind, tuple(w.tensor.shape), w.tensor.numel(), w.tensor.requires_grad, should, moved,
                      None if gap is None else gap == 0, cause, verdict))
     for role in {role for role in asked if asked[role]} - {_role(w) for w in _weights(model)}:

@@ -348,11 +348,11 @@ class _Projector(nn.Module):
     def adapter(
         self,
         name: str,  # of a teacher
-        of: Literal["k", "v"],
-    ) -> nn.Module:
+        of: str,  # 'k' or 'v'
+    ) -> Any:  # a `Linear` or an `ElasticBottleneck`
         "The module that projects a teacher's keys or values."
         self._check_name(name)
-        return self.adapters[self._key(name)][of]
+        return self.adapters[self._key(name)][of]  # type: ignore[index]
 
     def _check_name(self, name: str):
         if name not in self.config["teacher_configs"]:
@@ -374,8 +374,8 @@ class _Projector(nn.Module):
         kv = [(merge_heads(k), merge_heads(v)) for k, v in kv]
         if self.config["student_layers"]:
             kv = align_layers(kv, self.config["student_layers"], self.config["layers"])
-        adapters, dtype = self.adapters[self._key(name)], next(self.parameters()).dtype
-        return [(adapters["k"](k.to(dtype)), adapters["v"](v.to(dtype))) for k, v in kv]
+        keys, values, dtype = self.adapter(name, "k"), self.adapter(name, "v"), next(self.parameters()).dtype
+        return [(keys(k.to(dtype)), values(v.to(dtype))) for k, v in kv]
 
     def project_multi_teacher_kv(
         self,
@@ -619,9 +619,9 @@ def compute_kv_loss(
                     found.append(_terms(x, y, counted))
         values = torch.stack(found).unflatten(0, (len(aligned_kvs), len(students), 2))
         w = _same_weights(list(aligned_kvs), weights, values)
-        shares = torch.stack(shares).to(w)
-        loss = (w * shares if whole else w) @ (mse * values[..., 0] + cosine * values[..., 1]).mean((1, 2))
-    return (loss, KVParts(list(aligned_kvs), w.detach(), values.detach().float(), shares.float())) if return_parts else loss
+        share = torch.stack(shares).to(w)
+        loss = (w * share if whole else w) @ (mse * values[..., 0] + cosine * values[..., 1]).mean((1, 2))
+    return (loss, KVParts(list(aligned_kvs), w.detach(), values.detach().float(), share.float())) if return_parts else loss
 
 # %% ../../nbs/model/14_projector.ipynb #4f751a36
 class TeacherWeights(nn.Module):

@@ -37,6 +37,7 @@ def sincos_table(
 # %% ../../nbs/model/02_srte.ipynb #9ea8e846
 class SRTE(nn.Module):
     "The time encoding of positions, for any range or tensor of them."
+    like: Tensor  # of the type and on the device of the encodings
 
     def __init__(
         self,

@@ -124,7 +124,8 @@ def _begins(x: Tensor, dt: Tensor, A_EN: Tensor, Bs: Tensor, state_BEN: Tensor, 
     "The first states of all chunks."
     begins, chunks = [state_BEN], x.shape[1]
     if chunks > 1:
-        x, dt, Bs, first = (None if t is None else t[:, :-1] for t in (x, dt, Bs, first))
+        x, dt, Bs = (t[:, :-1] for t in (x, dt, Bs))
+        first = None if first is None else first[:, :-1]
         h = x.new_zeros(x.shape[0], chunks - 1, *A_EN.shape)
         for i in range(x.shape[2]):
             h = _step(h, i, x, dt, A_EN, Bs, first)
@@ -470,7 +471,9 @@ def _cache_folder() -> Iterator[int | None]:  # a descriptor; None: no folder ca
             _check_own(fd, str(path))
     except OSError as error:
         _pass_over(error)
-        fd = os.close(fd) if fd is not None else None
+        if fd is not None:
+            os.close(fd)
+        fd = None
     try:
         yield fd
     finally:
@@ -600,7 +603,7 @@ def _native_forward(
 def _native_backward(
     dy_BTE: Tensor, dlast_BEN: Tensor, x_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, borders: Tensor,
     first_BT: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # as `_chunked_backward`
+) -> tuple[Tensor, ...]:  # six, as `_chunked_backward`
     N, (dlast, A, Bs, Cs, borders) = A_EN.shape[1], _fill_up(dlast_BEN, A_EN, B_BTN, C_BTN, borders)
     inputs = [dy_BTE.contiguous(), dlast, x_BTE.contiguous(), dt_BTE.contiguous(), A, Bs, Cs, borders]
     out = [torch.empty_like(t) for t in (inputs[2], inputs[3], dlast, Bs, Cs, dlast)]

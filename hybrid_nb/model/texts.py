@@ -99,9 +99,9 @@ class Texts(NamedTuple):
     ) -> "Texts":
         "The texts that positions define."
         T = position_ids.shape[1]
-        if past and before is None:
-            before = position_ids[:, :1] + torch.arange(-past, 0, device=position_ids.device)
         if past:
+            if before is None:
+                before = position_ids[:, :1] + torch.arange(-past, 0, device=position_ids.device)
             n = max(len(before), len(position_ids))
             position_ids = torch.cat([before.expand(n, -1), position_ids.expand(n, -1)], 1)
         keep_BT = None if keep_BS is None else keep_BS[:, -T:]

@@ -38,7 +38,7 @@ def headline(run) -> dict[str, Any]:
     info, data, resolved, params = run.info, run.info["data"], run.info["resolved"], count_params(run.config)
     train, evals = run.records("train"), run.records("eval")
     names = ("loss", "val_loss", "bits_per_byte", "memory_gib")
-    last = {n: (_series(train + evals, n)[1] or [None])[-1] for n in names}
+    last = {n: next(reversed(_series(train + evals, n)[1]), None) for n in names}
     rates, val, floor = _series(train[1:] or train, "tokens_per_s")[1], last["val_loss"], data.get("floor_nats")
     rate, gap = statistics.median(rates) if rates else None, val - floor if floor and val is not None else None
     return _round({
@@ -60,8 +60,8 @@ def _plot_ppl(ax, run):
         steps, losses = _series(run.records(kind), name)
         ax.plot(steps, ppl := [perplexity(v, 50) for v in losses], **style)
         curves += [(ppl[-1], steps[-1], text, style["color"])] if steps else []
-    for i, (ppl, step, text, color) in enumerate(sorted(curves)):
-        ax.annotate(f"{text} {ppl:.4g}", (step, ppl), xytext=(8, 5 if i else -11), textcoords="offset points",
+    for i, (last, step, text, color) in enumerate(sorted(curves)):
+        ax.annotate(f"{text} {last:.4g}", (step, last), xytext=(8, 5 if i else -11), textcoords="offset points",
                     color=color, fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5})
     for name, side in (("floor", "left"), ("unigram", "right")):
         if _finite(nats := run.info["data"].get(f"{name}_nats")):

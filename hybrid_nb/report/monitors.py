@@ -86,7 +86,7 @@ MONITORS = {
 
 def alarms(run) -> list[Alarm]:
     "The findings of the five monitors of document 001, section 7."
-    def seen(watch):
+    def seen(watch) -> tuple[str, str]:
         return watch(run) if run.records("train") else ("unknown", "no records")
 
     return [Alarm(name, *seen(watch), normal) for name, (watch, normal) in MONITORS.items()]

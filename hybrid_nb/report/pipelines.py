@@ -29,13 +29,13 @@ def _hint(node: ast.expr) -> Any:
         case ast.BinOp(left=kind, op=ast.BitOr(), right=ast.Constant(value=None)):
             return Any if _hint(kind) is Any else _hint(kind) | None
         case ast.Subscript(value=ast.Name(id="list"), slice=kind):
-            return list[_hint(kind)]
+            return list[_hint(kind)]  # type: ignore[misc]
         case ast.Subscript(value=ast.Name(id="Literal"), slice=options):
             return Literal[ast.literal_eval(options)]
     return Any
 
 # %% ../../nbs/report/08_pipelines.ipynb #500ae06e
-def _parameter(node: ast.stmt, line: str) -> Parameter | None:
+def _parameter(node: Any, line: str) -> Parameter | None:
     "The parameter that a statement declares, if it declares one."
     target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
     if not isinstance(target, ast.Name) or node.value is None:
@@ -83,8 +83,7 @@ def small_notebook(
     imports = v4.new_code_cell("from typing import Literal\n\nfrom hybrid_nb.pipeline import Result")
     tagged = v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     start = [v4.new_markdown_cell("# A small pipeline\n\nWhat it reads and writes."), imports, tagged]
-    cells = start + [v4.new_code_cell(source) for source in cells]
-    return v4.new_notebook(cells=cells, metadata={"kernelspec": spec, "hybrid_nb": about})
+    return v4.new_notebook(cells=start + [v4.new_code_cell(source) for source in cells], metadata={"kernelspec": spec, "hybrid_nb": about})
 
 # %% ../../nbs/report/08_pipelines.ipynb #42bc6fb9
 def _metadata_of(name: str) -> dict[str, Any]:
@@ -94,9 +93,9 @@ def _metadata_of(name: str) -> dict[str, Any]:
 
 def _shows_result(nb) -> str | None:
     "The pipeline that the last code cell names in its `Result`."
-    for cell in [c for c in nb.cells if c.cell_type == "code"][-1:]:
-        found = re.search(r"^Result\(['\"](\w+)['\"]", cell.source, re.M)
-        return found and found[1]
+    sources = [c.source for c in nb.cells if c.cell_type == "code"]
+    found = re.search(r"^Result\(['\"](\w+)['\"]", sources[-1], re.M) if sources else None
+    return found[1] if found else None
 
 def opt_in(
     nb,  # notebook node

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import IPython
 import pandas as pd
 from IPython.display import display
 
@@ -118,7 +119,7 @@ def find_reference(run) -> dict[str, Any] | None:  # 'name' and 'val_loss'; None
         if other and other.info.get("status") == "done" and not other.info.get("trial") and windows(other) == windows(run):
             losses = _series(other.records("eval"), "val_loss")[1]
             found |= {folder.name: losses[-1]} if losses else {}
-    best = min(found, key=found.get, default=None)
+    best = min(found, key=lambda name: found[name], default=None)
     return best and {"name": best, "val_loss": _round(found[best])}
 
 # %% ../../nbs/report/07_run.ipynb #ef328a81
@@ -168,7 +169,7 @@ class LiveReport(ProgressLines):
 
     def draw(self, run):
         "Redraw the curves, where the process runs in a notebook."
-        if get_ipython() is None:
+        if IPython.get_ipython() is None:
             return
         began, picture = time.monotonic(), plot_curves(run)
         if self.handle is None:

@@ -90,7 +90,8 @@ def _way(found: dict, reference: dict | None) -> list[str]:
     if val is None or unigram is None:
         return [f"{name} is unknown" for name in ("val_loss", "unigram_nats") if found[name] is None]
     says = [f"validation loss {val:.4f} (PPL {found['val_ppl']:.4g}), unigram entropy {unigram:.4f} nats"]
-    target = floor or (reference or {}).get("val_loss")
+    reference = reference or {}
+    target = floor or reference.get("val_loss")
     name = f"the floor {floor:.4f}" if floor else f"{target:.4f}, which {reference['name']} reached" if target else ""
     if (share := way_percent(found, target)) is not None:
         says.append(f"{share:.1f} % of the way from unigram entropy to {name}; {val - target:+.4f} nats from it")

@@ -104,7 +104,7 @@ def read_json(
     strict: bool = False,  # refuse duplicate names, NaN and infinity
 ) -> dict[str, Any]:
     "The object in a JSON file; RunError that names the file for anything else."
-    rules = {"object_pairs_hook": no_twice, "parse_constant": _no_constant} if strict else {}
+    rules: dict[str, Any] = {"object_pairs_hook": no_twice, "parse_constant": _no_constant} if strict else {}
     try:
         with open(path, "rb", opener=no_links) as f:
             data = f.read(most + 1)

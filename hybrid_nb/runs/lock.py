@@ -30,10 +30,11 @@ def take_lock(
             lock.acquire(timeout=wait, poll_interval=0.02)
             return lock
         except Timeout:
-            return None
+            break
         except OSError as error:
             if isinstance(lock, SoftFileLock) or error.errno not in _NO_FLOCK:
                 raise
+    return None
 
 def is_held(path: Path) -> bool:
     "True where a process holds a lock, or where that cannot be determined. False for a link: no lock is taken through one."

@@ -66,6 +66,7 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     model = re.search(r"model name\s*: (.*)", text)
-    flags = set(re.search(r"flags\s*: (.*)", text)[1].split()) if "flags" in text else set()
+    found = re.search(r"flags\s*: (.*)", text)
+    flags = set(found[1].split()) if found else set()
     return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "isa": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}), "system": platform.system()}

@@ -176,7 +176,8 @@ def compare(
         if why := _lost_pair(outcomes):
             lost[seed] = why
             continue
-        check_pair(*runs.values())
-        losses[seed] = tuple(float(_last_eval(run)["val_loss"]) for run in runs.values())
-        notes += [f"seed {seed}: {note}" for note in _unshared(*runs.values())]
+        here, there = sides[base][seed], sides[arm][seed]
+        check_pair(here, there)
+        losses[seed] = float(_last_eval(here)["val_loss"]), float(_last_eval(there)["val_loss"])
+        notes += [f"seed {seed}: {note}" for note in _unshared(here, there)]
     return Comparison(arm, base, losses, lost, margin, alpha, diverged, tuple(notes))

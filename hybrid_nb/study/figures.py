@@ -42,7 +42,7 @@ def ppl_curve(
 def spread(places: dict[str, float], gap: float) -> dict[str, float]:
     "Positions moved to be at least `gap` apart, in the same order and around the same centre."
     moved, least = {}, -math.inf
-    for name in sorted(places, key=places.get):
+    for name in sorted(places, key=lambda name: places[name]):
         moved[name] = max(places[name], least)
         least = moved[name] + gap
     shift = sum(moved[name] - places[name] for name in moved) / max(len(moved), 1)

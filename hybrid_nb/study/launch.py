@@ -47,7 +47,8 @@ class Job:
     "A SLURM job with the interface of a process."
 
     def __init__(self, job: Any, log: Path):
-        self.job, self.log, self.returncode = job, log, None
+        self.job, self.log = job, log
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         "The exit code, or None while the job waits or runs."
@@ -61,7 +62,7 @@ class Job:
         "Wait for the end of the job and return its exit code."
         while self.poll() is None:
             time.sleep(0.2)
-        return self.returncode
+        return code
 
     def terminate(self):
         "Cancel the job; its training loop then saves a checkpoint and ends."
@@ -94,7 +95,7 @@ class _Worker:
         "The reason for which the process ended, in one line."
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         code = self.process.returncode
-        if code <= 0 or not lines:
+        if not code or code < 0 or not lines:
             return f"the worker ended with exit code {code}"
         return lines[-1].partition("Error: ")[2] or lines[-1].removeprefix("hnb: ")
 
@@ -138,7 +139,7 @@ def job_launcher(
         import submitit
     except ImportError:
         raise ConfigError("SLURM jobs need submitit: pip install 'hybrid-nb[slurm]'") from None
-    options = JOB_DEFAULTS | options
+    options = {**JOB_DEFAULTS, **options}
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster"))
         executor.update_parameters(**options)

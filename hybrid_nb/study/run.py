@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import IPython
 import torch
 from IPython.display import display
 
@@ -133,7 +134,7 @@ class LiveStudy:
 
     def draw(self, study: Study):
         "Draw the learning curves if running in a notebook."
-        if get_ipython() is None:
+        if IPython.get_ipython() is None:
             return
         began, picture = time.monotonic(), plot_ppl(study)
         if self.handle is None:

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'TRAIN_RECORDS', 'OFFSETS', 'StudyRun', 'Plan', 'Study', 'g
            'roundtrip', 'planted_study']
 
 # %% ../../nbs/study/03_study.ipynb #f829b280
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict as dataclass_dict
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ class Study:
 
     def finished(self, arm: str) -> list[Run | StoredRun]:
         "Runs of an arm with the outcome 'done'."
-        return [e.run for e in self.entries if e.arm == arm and e.outcome[0] == "done"]
+        return [e.run for e in self.entries if e.arm == arm and e.run is not None and e.outcome[0] == "done"]
 
     @property
     def status(self) -> str:
@@ -100,7 +100,7 @@ def _plan(name, arms, seeds, baseline, claims, margin, alpha, parts) -> Plan:
     return Plan(check_name(name), arms, tuple(seeds), base, decides, margin, alpha, tuple(parts))
 
 def gather(
-    folders: dict[str, Iterable[str | Path]],  # run folders by arm
+    folders: Mapping[str, Iterable[str | Path]],  # run folders by arm
     *,
     name: str = "study",
     baseline: str | None = None,  # None: the first arm
@@ -144,9 +144,9 @@ def json_plan(plan: Plan) -> dict[str, Any]:
 def stored_study(stored: dict[str, Any]) -> Study:
     "The study stored in a bundle; its runs are `StoredRun`s."
     check_bundle(stored, "study", SCHEMA)
-    plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["plan"].items()})
+    plan: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["plan"].items()}
     runs = [r | {"run": r["run"] and StoredRun(r["run"])} for r in stored["runs"]]
-    return Study(plan, tuple(StudyRun(**r) for r in runs))
+    return Study(Plan(**plan), tuple(StudyRun(**r) for r in runs))
 
 def roundtrip(study: Study) -> Study:
     "The study after storing it in a bundle and reading it back."

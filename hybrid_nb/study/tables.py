@@ -62,14 +62,14 @@ def arms_table(study: Study) -> Table:
         runs, c = study.runs(arm), compared.get(arm)
         losses = [_last_eval(r)["val_loss"] for r in study.finished(arm)]
         mean, half = float(np.mean(losses)) if losses else None, None
-        if len(losses) > 1:
+        if mean is not None and len(losses) > 1:
             half = float(t_interval(losses, plan.alpha)[3]) - mean
         p = c and c.paired
         rows.append({
             "arm": arm, "parameters": runs[0].info["params"]["total"] if runs else None,
             "frozen": runs[0].info["params"]["frozen"] if runs else None,
             **{part: part_params(runs[0].config, part) if runs else None for part in plan.parts},
-            "runs": f"{len(losses)}/{len(plan.seeds)}", "val loss": mean, "+-": half, "PPL": perplexity(mean) if losses else None,
+            "runs": f"{len(losses)}/{len(plan.seeds)}", "val loss": mean, "+-": half, "PPL": None if mean is None else perplexity(mean),
             "d (nats)": p.mean if p else None, "interval": f"{p.lower:+.4f} to {p.upper:+.4f}" if p else "",
             "verdict": f"{c.verdict}: {c.word}" if c else "baseline"})
     if not any(row["frozen"] for row in rows):

@@ -39,7 +39,7 @@ def _fair(configs: dict[str, Config]):
     "Refuse arms whose data differ from those of the first arm."
     (name, base), *others = configs.items()
     for arm, config in others:
-        pairs = {f"train.{n}": (getattr(base.train, n), getattr(config.train, n)) for n in FAIR}
+        pairs: dict[str, tuple] = {f"train.{n}": (getattr(base.train, n), getattr(config.train, n)) for n in FAIR}
         pairs |= {f"data.{n}": (v, getattr(config.data, n)) for n, v in vars(base.data).items()}
         pairs["tokens of the tokenizer"] = tuple(min(c.data.bpe_vocab, c.model.vocab_size) for c in (base, config))
         for what, (there, here) in pairs.items():

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict as dataclass_dict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class Checkpoint:
     groups: dict[str, dict]  # file name: tensors by name
     state: dict[str, Any]
 
-    def refuse(self, what: str):
+    def refuse(self, what: str) -> NoReturn:
         "Raise an error that says what is wrong with the checkpoint."
         raise RunError(f"checkpoint {self.path} {what}", BAD_DATA)
 
@@ -177,7 +177,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def latest_checkpoint(
     folder: Path,
-    check: Callable[[Checkpoint], None] = lambda found: None,  # raises RunError where it is not what is needed
+    check: Callable[[Checkpoint], Any] = lambda found: None,  # raises RunError where it is not what is needed
     agree: Callable[[bool], bool] = bool,  # whether all processes can read it, where several look; each calls it as often
     paths: list[Path] | None = None,  # those to look at, the newest first; None: as this process finds them
 ) -> tuple[Checkpoint | None, list[str]]:  # the newest good one, and why newer ones were passed over
@@ -224,7 +224,8 @@ def _saved(t: Tensor) -> Tensor:
 # %% ../../nbs/train/03_checkpoint.ipynb #1a895ad2
 def load_training_state_dict(groups: dict[str, dict[str, Tensor]], model: nn.Module, optimizer: torch.optim.Optimizer):
     "Load the tensors of a checkpoint, by name, into model and optimizer."
-    trained, state = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state: dict[Tensor, Any] = {}
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(shards_like(groups["model"][name], p))
@@ -297,7 +298,7 @@ def read_progress(found: Checkpoint, config: TrainConfig) -> Progress:
 def _state_forms(name: str, p: Tensor, config: TrainConfig) -> dict[str, list]:
     "Names, types and sizes of the tensors that an optimizer keeps for a parameter."
     if config.optimizer == "adamw":
-        shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape}
+        shapes: dict[str, tuple[int, ...]] = {"exp_avg": p.shape, "exp_avg_sq": p.shape}
     elif p.dim() > 1:
         shapes = {"row_var": (*p.shape[:-1], 1), "col_var": (*p.shape[:-2], 1, p.shape[-1])}
     else:

@@ -66,6 +66,9 @@ TeacherTargets = Callable[[Tensor, tuple[int, int]], tuple[KV, Tensor | None]]  
 class Distillation(Objective):
     "Next-token prediction plus a distance of keys and values from those of teachers."
     name = "projector"
+    sums: Tensor
+    total: Tensor
+    shares: Tensor
 
     def __init__(
         self,
@@ -233,7 +236,7 @@ def teacher_names(config: DistillConfig) -> dict[str, str]:  # short name: sourc
 
 def make_projector(config: DistillConfig, entries: dict[str, dict], student: dict[str, int]) -> KVDimensionProjector | LinearKVProjector:
     "The projector from teachers to a student."
-    options = dict(init_method=config.init_method, student_layers=student["num_layers"], layers=config.layers)
+    options: dict[str, Any] = dict(init_method=config.init_method, student_layers=student["num_layers"], layers=config.layers)
     if config.projector == "linear":
         return LinearKVProjector(entries, student["kv_dim"], **options)
     return KVDimensionProjector(entries, student["kv_dim"], config.mlp_ratio, config.dropout, **options)

@@ -91,7 +91,7 @@ def shards_like(
         return t
     from torch.distributed.tensor import distribute_tensor  # takes seconds to import
 
-    return distribute_tensor(t, other.device_mesh, other.placements, src_data_rank=None)
+    return distribute_tensor(t, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 # %% ../../nbs/train/01_distributed.ipynb #9534e615
 def split_batch(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..config.errors import BAD_DATA, RunError
 from ..data.tokenizer import encode_prompt
@@ -48,7 +49,7 @@ class Loss(NamedTuple):
 
     def bits_per_byte(
         self,
-        n_bytes: int,  # UTF-8 bytes of the same text
+        n_bytes: float,  # UTF-8 bytes of the same text
     ) -> float:
         "Bits per byte of text that coding the text with this model takes."
         return self.nats * self.tokens / (math.log(2) * n_bytes)
@@ -101,7 +102,7 @@ def evaluate(
 
 # %% ../../nbs/train/04_evaluate.ipynb #98398ed1
 def sample_text(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer,  # a tokenizers.Tokenizer
     prompt: str | list[int] = "",  # text, encoded as a document is, in which <|endoftext|> is the end token; or tokens
     tokens: int = 64,  # new tokens at most; fewer where the text ends or the model's positions do

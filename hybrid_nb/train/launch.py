@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..account.layout import check_layout
 from ..config.config import Config, config_hash, to_yaml
@@ -34,13 +35,13 @@ def train(
     parallel: str = "ddp",  # what several processes share: a mode of `hybrid_nb.account.layout`
 ) -> Run:  # with status 'done', or 'stopped' after SIGTERM or SIGINT
     "Train, or continue, the run in a folder."
-    made = {}
+    made: dict[str, Any] = {}
     if config.distill is not None:
         from hybrid_nb.train.distill import make_objective
 
         made["make_objective"] = make_objective
     if config.finetune is not None:
-        from hybrid_nb.train.lora import adapter_count, make_objective
+        from hybrid_nb.train.lora import adapter_count, make_objective  # type: ignore[assignment]
 
         made |= {"make_objective": make_objective, "adapters": adapter_count(config) if config.finetune.rank else 0}
     if parallel != "ddp":

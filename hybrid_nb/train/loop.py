@@ -26,6 +26,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..account.memory import GIB, memory
@@ -101,7 +102,7 @@ def dropout_at(
     return t.late_dropout, t.late_dropout if m.attn_dropout else 0.0
 
 def set_dropout(
-    model: nn.Module,
+    model: PreTrainedModel,
     dropout: float,  # of embeddings and branches
     attn_dropout: float,  # of attention probabilities
 ):
@@ -263,7 +264,7 @@ def wrap(run: RunState, sharded: nn.Module | None) -> nn.Module:
         checkpoint_activations(run.model)
     if sharded is not None:
         return sharded
-    net = torch.compile(run.model, dynamic=False) if run.runtime.compile else run.model
+    net: Any = torch.compile(run.model, dynamic=False) if run.runtime.compile else run.model
     if run.world.size > 1:
         net = DistributedDataParallel(net)
         net.broadcast_buffers = False  # buffers are frozen weights, alike on all ranks
@@ -439,7 +440,7 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]):
     remove(folder)
     os.rename(temporary, folder)
 
-def _save_model(run: RunState, model: nn.Module, into: Path):
+def _save_model(run: RunState, model: PreTrainedModel, into: Path):
     "Write the finished model and its tokenizer into an empty folder."
     disable_progress_bar()
     (model if run.objective is None else run.objective.finished(model)).save_pretrained(into)

@@ -124,7 +124,7 @@ def adapter_count(config: Config) -> int:  # with `finetune`, of a rank above 0
     return sum(adapter_size(maps[name], f.rank) for name in find_targets(model, f.targets, f.rank))
 
 # %% ../../nbs/train/11_lora.ipynb #6ca6c6a2
-def _bare(module: nn.Module) -> nn.Module:
+def _bare(module: nn.Module) -> Any:
     "Remove peft's wrapper from a module."
     around = {"base_layer", "original_module"} & {*module._modules}
     return _bare(getattr(module, around.pop())) if around else module
@@ -170,7 +170,7 @@ def materialize_frozen(
     return dense.to(model.device, model.dtype).train(model.training)
 
 # %% ../../nbs/train/11_lora.ipynb #dca743ef
-def base_hash(model: nn.Module) -> str:
+def base_hash(model: PreTrainedModel) -> str:
     "SHA-256 of a model's weights without its adapters, and of their type."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = {re.sub(r"\.(base_layer|original_module)\b", "", name): t for name, t in base.state_dict().items()
@@ -253,7 +253,7 @@ def fit_start(model: PreTrainedModel, shape: ModelConfig | HybridConfig, source:
     if not isinstance(model, DecoderPreTrainedModel):
         raise ConfigError(f"start={source!r} is {type(model).__name__} and none of this package's models")
     there = settle_tying(model).config.shape
-    if type(there) is not type(shape):
+    if isinstance(there, HybridConfig) is not isinstance(shape, HybridConfig):
         kinds = ["hybrid model" if isinstance(s, HybridConfig) else "decoder" for s in (there, shape)]
         raise ConfigError(f"start={source!r} is a {kinds[0]}, and the configuration a {kinds[1]}")
     if isinstance(shape, ModelConfig):
@@ -286,7 +286,7 @@ class Finetuning(Objective):
             save_adapter(self.adapters[0], folder)
         write_json(folder / "finetune.json", self.info)
 
-    def finished(self, model: nn.Module) -> nn.Module:
+    def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         "The merged model."
         return model if self.adapters[0] is None else merge(self.adapters[0])
 

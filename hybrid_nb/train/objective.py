@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .distributed import ProcessGroup
 
@@ -45,6 +46,6 @@ class Objective(nn.Module):
         "Convert a state dictionary saved by an earlier version to the present form."
         return state
 
-    def finished(self, model: nn.Module) -> nn.Module:
+    def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         "The model that the run writes at its end, after `save`."
         return model

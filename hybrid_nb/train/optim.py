@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial, reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,13 +96,14 @@ def clip_gradients(
     sorts = ([g for g in grads if hasattr(g, "full_tensor") is shards] for shards in (True, False))
     norm = reduce(torch.hypot, [whole_tensor(nn.utils.get_total_norm(sort)).double() for sort in sorts if sort])
     for g in grads:
-        (g.to_local() if hasattr(g, "full_tensor") else g).mul_((most / (norm + 1e-6)).clamp(max=1.0))
+        here = g.to_local() if hasattr(g, "full_tensor") else g  # type: ignore[attr-defined]
+        here.mul_((most / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 # %% ../../nbs/train/05_optim.ipynb #5f482083
 def _balances_batch(model: nn.Module) -> bool:
     "True where a model's experts are balanced over the whole batch."
-    shape = getattr(getattr(model, "module", model), "config", None)
+    shape: Any = getattr(getattr(model, "module", model), "config", None)
     return getattr(shape, "n_routed_experts", 0) > 0 and shape.aux_loss_alpha > 0 and not shape.seq_aux
 
 @torch.no_grad()
@@ -114,7 +116,8 @@ def batch_load(
     context: Callable,  # makes an autocast
 ) -> Tensor:  # (L, E), as `balance_loss` takes it for each micro-batch of each process
     "The load of the experts over the whole batch and all processes."
-    inner, counts = getattr(model, "module", model), []
+    inner: Any = getattr(model, "module", model)
+    counts = []
     for micro, x in enumerate(inputs):
         torch.manual_seed(_noise_seed(config.seed, step, world.rank, micro))
         with context():
@@ -163,7 +166,8 @@ def update(
     params, others = ([p for g in optimizer.param_groups if ("ratio" in g) == other for p in g["params"]] for other in (False, True))
     for group in optimizer.param_groups:
         group["lr"] = lr_at(config, step) * group.get("ratio", 1.0)
-    total, called = 0.0, model
+    called: Any = model
+    total: Any = 0.0
     if _balances_batch(model) and len(inputs) * world.size > 1:
         called = partial(model, expert_load=batch_load(model, inputs, config, step, world, context))
     for micro, (x, y) in enumerate(zip(inputs, targets, strict=True)):

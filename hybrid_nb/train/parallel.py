@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from ..account.layout import COLWISE, ROWWISE, check_layout, layout_bytes
 from ..config.config import Config, TrainConfig
@@ -38,10 +39,10 @@ def _split(module: nn.Module, mesh: DeviceMesh, by_output: bool):
     def give(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
         return (output if by_output else output.redistribute(placements=[Replicate()])).to_local()
 
-    distribute_module(module, mesh, partition, take, give)
+    distribute_module(module, mesh, partition, take, give)  # type: ignore[arg-type]
 
 def shard(
-    model: nn.Module,  # with fresh or restored weights, alike on all processes; changed in place
+    model: PreTrainedModel,  # with fresh or restored weights, alike on all processes; changed in place
     mode: str,  # one of MODES
     mesh: DeviceMesh,  # of one dimension
 ) -> nn.Module:  # what is called in training

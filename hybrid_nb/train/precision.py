@@ -52,7 +52,7 @@ def detect_runtime(config: Config, device: torch.device) -> RuntimeConfig:
 
 def _resolved(values: dict[str, Any], path: Path) -> RuntimeConfig:
     "The settings that a run.json records."
-    hints = {f.name: f.type for f in fields(RuntimeConfig)}
+    hints: dict[str, Any] = {f.name: f.type for f in fields(RuntimeConfig)}
     missing = [f.name for f in fields(RuntimeConfig) if f.name not in values and f.default is MISSING]
     wrong = [n for n, v in values.items() if n not in hints or not isinstance(v, float | int if hints[n] is float else hints[n])]
     if missing or wrong or values["precision"] not in DTYPES:

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # %% ../../nbs/train/07_signals.ipynb #adcd17c4
 @contextmanager
@@ -32,7 +33,8 @@ def stop_requests() -> Iterator[Callable[[], str]]:
         for s, handler in before.items():
             signal.signal(s, handler)
         for name in came[:1]:  # an outer handler receives it too
-            if getattr(outer := before[signal.Signals[name]], "__name__", "") == "remember":
+            outer: Any = before[signal.Signals[name]]
+            if getattr(outer, "__name__", "") == "remember":
                 outer(signal.Signals[name], None)
 
 def ignore_signals(worker: int):

@@ -259,7 +259,8 @@ def _nearest(x_BTC: Tensor, want_BTW: Tensor) -> Tensor:  # (W,)
 
 def _locate(calls: dict[str, tuple[list[Tensor], list[Tensor]]], want_BTW: Tensor, enough: float) -> tuple[float, Place | None]:
     "The module output of a layer that is nearest to a wanted tensor, with its relative distance."
-    (B, T, W), best, wider = want_BTW.shape, (math.inf, None), []
+    (B, T, W), wider = want_BTW.shape, []
+    best: tuple[float, Place | None] = (math.inf, None)
     for name, (_, given) in calls.items():
         for part, x in enumerate(given):
             for axis in [i for i in range(1, x.ndim - 1) if x.shape[i] == T and len(x) == B and x.is_floating_point()]:
@@ -554,7 +555,7 @@ class KVExtractor:
                 found = self.tap.take()
         for layer in self.layers:
             check_finite(self.teacher.source, layer, *found[layer])
-        return [tuple(x * real_BT[..., None] if mask is not None else x for x in found[layer]) for layer in self.layers]
+        return [tuple(x * real_BT[..., None] if mask is not None else x for x in found[layer]) for layer in self.layers]  # type: ignore[misc]
 
 # %% ../../nbs/train/09_teacher.ipynb #ffd99c2d
 @dataclass(frozen=True)
@@ -570,7 +571,8 @@ def token_rows(
 ) -> TokenRows:
     "Token rows of a tensor in memory."
     digest = hashlib.sha256(f"{tuple(ids_NT.shape)}".encode() + ids_NT.numpy().astype("<i8").tobytes()).hexdigest()
-    return TokenRows(*ids_NT.shape, digest, lambda start, stop: ids_NT[start:stop])
+    count, length = ids_NT.shape
+    return TokenRows(count, length, digest, lambda start, stop: ids_NT[start:stop])
 
 def window_rows(data: TokenData, seq_len: int) -> TokenRows:
     "The inputs of all windows of a training split, as `TokenData.batch` cuts them."

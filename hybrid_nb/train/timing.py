@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..account.rates import DTYPES, fast_float32
 from ..config.config import Config, ModelConfig
@@ -27,7 +27,7 @@ from ..model.decoder import make_decoder
 from .optim import make_optimizer
 
 # %% ../../nbs/train/13_timing.ipynb #143ab7a0
-def make_peer(shape: ModelConfig) -> nn.Module:
+def make_peer(shape: ModelConfig) -> PreTrainedModel:
     "Transformers' own model of a shape: Llama for RoPE, GPT-2 for learned positions."
     if shape.position == "rope":
         return LlamaForCausalLM(LlamaConfig(
@@ -45,7 +45,7 @@ class BenchmarkCase:
     who: str  # 'hybrid-nb' or 'transformers'
     precision: str  # 'fp32 (default)', 'fp32' or 'bf16'
     compile: bool = False
-    change: tuple[tuple[str, str], ...] = ()  # fields of ModelConfig that differ from the shape's; hybrid-nb only
+    change: tuple[tuple[str, Any], ...] = ()  # fields of ModelConfig that differ from the shape's; hybrid-nb only
     attention: str = "sdpa"  # transformers' attn_implementation; hybrid-nb chooses by itself
 
     @property
@@ -59,7 +59,7 @@ def make_step(contender: BenchmarkCase, config: Config, device: torch.device) ->
     "A function that makes one training step and returns its loss; each call takes a new random batch."
     torch.manual_seed(0)
     ours = contender.who == "hybrid-nb"
-    shape = replace(config.model, **dict(contender.change))
+    shape: Any = replace(config.model, **dict(contender.change))
     model = (make_decoder(shape) if ours else make_peer(shape)).to(device).train()
     if contender.attention != "sdpa":
         model.set_attn_implementation(contender.attention)
