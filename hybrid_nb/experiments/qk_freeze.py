@@ -432,7 +432,7 @@ def draw_tradeoff(a: Analysis) -> Figure:
     return draw_dots(rows, xlabel="final validation perplexity; at the right with the number of trainable parameters")
 
 def plot_tradeoff(a: Analysis) -> Picture:
-    "Chart of perplexity against trainable parameters, as a picture."
+    "Chart of perplexity and trainable parameters by arm, as a picture."
     losses = {arm: found for arm in a.study.plan.arms if (found := _finals(a.study, arm))}
     trained = {arm: a.study.finished(arm)[0].info["params"]["trainable"] for arm in losses}
     says = [f"{arm} PPL {perplexity(float(np.mean(x))):.4g} with {trained[arm]:,} trainable parameters" for arm, x in losses.items()]
