@@ -26,7 +26,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from ..account.flops import ASSUMED_MFU, flops_per_token
@@ -38,7 +37,7 @@ from ..model.attention import LocalGlobalAttention, attend_window, window_mask
 from ..model.hybrid import HybridBlock
 from ..model.rope import rope_table
 from ..model.ssm import CHUNK, MambaMixer, scan_kernel, selective_scan, selective_scan_chunked, selective_scan_reference
-from ..report.figure import BLUE, RED, Picture
+from ..report.figure import BLUE, RED, Curve, Picture, draw_curves, name_ends
 from ..train.timing import BenchmarkCase, allocated, make_step, time_interleaved
 
 # %% ../../nbs/experiments/03_benchmark.ipynb #2241ec94
@@ -342,26 +341,14 @@ def draw_growth(
     "Draw seconds and kept bytes against length, with the exponent beside each line."
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     slopes, lengths = exponents(table).set_index("what"), sorted(set(table.length))
-    for ax, (name, unit, title) in zip(figure.subplots(1, 2), (("seconds", 1e-3, "forward and backward (ms)"),
-                                                               ("kept", 2**20, "kept for the backward pass (MiB)")), strict=True):
-        ends, low, high = [], table[name].min() / unit, table[name].max() / unit
-        for what, part in table.groupby("what"):
-            ax.plot(part.length, part[name] / unit, color=COLORS[what], marker="o", ms=3.5, lw=1.4)
-            ends.append((math.log(part[name].iloc[-1] / unit), what))
-        at = -math.inf
-        for end, what in sorted(ends):
-            at = max(end, at + 0.055 * math.log(4 * high / low))
-            ax.annotate(f"{what} {slopes[name][what]:.2f}", (lengths[-1], math.exp(at)), xytext=(7, 0), textcoords="offset points",
-                        color=COLORS[what], fontsize=9, va="center", annotation_clip=False)
-        ax.set(xscale="log", yscale="log", xlabel="tokens", xlim=(lengths[0] / 1.1, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.42),
-               ylim=(low / 2, high * 2), xticks=lengths, xticklabels=[f"{n:,}" for n in lengths])
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(lambda v, _: f"{v:,g}")
+    panels = (("seconds", 1e-3, "forward and backward (ms)"), ("kept", 2**20, "kept for the backward pass (MiB)"))
+    for ax, (name, unit, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        draw_curves([Curve(f"{what} {slopes[name][what]:.2f}", part.length, part[name] / unit, COLORS[what], style="o-")
+                     for what, part in table.groupby("what")], ax=ax, xscale="log", yscale="log", xlabel="tokens")
         ax.set_title(title, fontsize=10)
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
+    name_ends(figure)
+    for ax in figure.axes:
+        ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
     return figure
 
 def plot_growth(table: pd.DataFrame) -> Picture:

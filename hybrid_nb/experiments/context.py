@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 from ..config.config import HybridConfig
@@ -28,13 +27,12 @@ from ..data.prepare import prepare
 from ..data.tokens import Shards
 from ..model.decoder import DecoderForCausalLM
 from ..report.bundle import FAILS, HOLDS, NOT_SHOWN
-from ..report.figure import GREY, Picture
+from ..report.figure import GREY, Curve, Picture, draw_curves, name_ends, palette
 from ..report.table import Table
 from ..report.verdict import because_table
 from ..runs.files import io_errors
 from ..runs.runs import Run
 from ..study.experiment import Experiment
-from ..study.figures import PALETTE, spread
 from ..study.findings import Finding, Span, judge_all, percent_span
 from ..study.stats import ALPHA, MARGIN, PASSING, Paired, paired, t_interval
 from ..train.evaluate import perplexity, ppl_change
@@ -233,46 +231,25 @@ def positions_table(r: PositionLosses) -> Table:
     return Table(rows, dict.fromkeys(list(rows[0])[1:], "{:.4g}"))
 
 # %% ../../nbs/experiments/06_context.ipynb #9c667ae8
-def _name_lines(ax, ends: dict[str, float], colors: dict[str, str]):
-    "Label the lines at the right of a panel without overlap."
-    ax.figure.draw_without_rendering()
-    to_axes = ax.transAxes.inverted().transform
-    places = {way: min(1.0, max(0.0, to_axes(ax.transData.transform((0, y)))[1])) for way, y in ends.items()}
-    for way, y in spread(places, 13 / ax.get_window_extent().height).items():
-        ax.annotate(way, (1.02, y), xycoords="axes fraction", color=colors[way], fontsize=9, va="center")
-
 def draw_positions(r: PositionLosses) -> Figure:
     "Draw perplexity, and the loss against the sliding window, by position."
-    figure, colors = Figure(figsize=(9.6, 5.8)), dict(zip(WAYS, PALETTE, strict=False)) | {"sliding": GREY}
+    figure, colors = Figure(figsize=(9.6, 5.8), layout="constrained"), palette(WAYS) | {"sliding": GREY}
     panels = figure.subplots(2, len(r.factors), sharey="row", sharex="col", squeeze=False)
-    figure.subplots_adjust(left=0.085, right=0.91, top=0.945, bottom=0.085, wspace=0.3, hspace=0.1)
     for (above, below), s in zip(panels.T, r.factors, strict=True):
-        x = (np.arange(BINS * s) + 0.5) * r.trained / BINS
+        x, losses, differences = (np.arange(BINS * s) + 0.5) * r.trained / BINS, [], []
         for way in ("sliding", *WAYS):
-            style = {"color": colors[way], "lw": 1.3, "ls": "--" if way == "sliding" else "-"}
-            above.plot(x, [perplexity(y, 50) for y in r.of(way, s).mean(0)], **style)
+            style = "--" if way == "sliding" else "-"
+            losses.append(Curve(way, x, [perplexity(y, 50) for y in r.of(way, s).mean(0)], colors[way], style=style))
             mean, _, low, high = t_interval((r.of(way, s) - r.of("sliding", s)).T, r.alpha / len(NAMED))
-            below.fill_between(x, low, high, color=colors[way], alpha=0.15, lw=0)
-            below.plot(x, mean, **style)
-        below.axhline(r.margin, color=GREY, lw=0.8, ls=":")
-        below.annotate("margin", (0.01, r.margin), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                       color=GREY, fontsize=8)
-        above.set(yscale="log", xlim=(0, s * r.trained))
+            differences.append(Curve(way, x, mean, colors[way], (low, high), style))
+        draw_curves(losses, ax=above, yscale="log", xlim=(0, s * r.trained))
+        draw_curves(differences, {r.margin: "margin"}, ax=below, xlabel="position")
         above.set_title(f"factor {s}: trained on {r.trained:,} positions, read to {s * r.trained:,}", fontsize=10)
-        above.yaxis.set_major_locator(MaxNLocator(6))
-        above.yaxis.set_minor_locator(NullLocator())
-        above.yaxis.set_major_formatter("{x:,g}")
-        below.set(xlabel="position")
         for ax in (above, below):
             ax.axvline(r.trained, color=GREY, lw=0.8)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.tick_params(labelsize=8, labelleft=True)
     panels[0, 0].set_ylabel("perplexity")
     panels[1, 0].set_ylabel("d, nats a token")
-    for (above, below), s in zip(panels.T, r.factors, strict=True):
-        last = {way: r.of(way, s)[:, -1].mean() for way in ("sliding", *WAYS)}
-        _name_lines(above, {way: perplexity(y, 50) for way, y in last.items()}, colors)
-        _name_lines(below, {way: y - last["sliding"] for way, y in last.items()}, colors)
+    name_ends(figure)
     return figure
 
 def plot_positions(r: PositionLosses) -> Picture:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 
 from ..account.flops import flops_per_token
@@ -42,7 +41,7 @@ from ..model.decoder import DecoderForCausalLM, make_decoder, quiet_transformers
 from ..model.ffn import SwiGLUFeedForward
 from ..model.moe import MixtureOfExperts, shared_only
 from ..report.bundle import as_results, check_bundle
-from ..report.figure import BLUE, GREY, RED, Picture
+from ..report.figure import BLUE, GREY, RED, Picture, Row, draw_dots
 from ..report.table import Table
 from ..runs.files import io_errors, write_json
 from ..runs.provenance import in_checkout
@@ -531,38 +530,19 @@ def serving_table(c: Conversion) -> Table:
                          "over the dense network's": math.exp(float(np.mean(ratio))), "from": low, "to": high, "turns": len(ratio)})
     return Table(rows, {"milliseconds": "{:.1f}"} | dict.fromkeys(("over the dense network's", "from", "to"), "{:.2f}"))
 
+# %% ../../nbs/experiments/12_dense.ipynb #7be0c2d4
 def draw_stages(c: Conversion) -> Figure:
     "Draw the perplexity of each stage: a point per seed, joined across stages, and a diamond for the mean."
-    figure = Figure(figsize=(9.6, 0.9 + 0.42 * max(1, len(c.names))), layout="constrained")
-    ax, colors = figure.subplots(), {EXPERTS: BLUE, DENSE: GREY, SHARED: GREY}
     if EXPERTS not in c.names:
-        ax.annotate("no model is distilled yet", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=GREY)
-        ax.set_axis_off()
-        return figure
+        return draw_dots([Row(EXPERTS, (), text="no model is distilled yet", color=GREY)])
+    colors, base = {EXPERTS: BLUE, DENSE: GREY, SHARED: GREY}, c.ppl(EXPERTS)
+    rows = [Row(name, [perplexity(x) for x in c.losses(name).values()], None, f"{c.ppl(name):.4g}", colors.get(name, RED), c.ppl(name))
+            for name in c.names]
+    figure = draw_dots(rows, {base: "", base * perplexity(c.study.plan.margin): "margin over the experts"}, xscale="log",
+                       xlabel="validation perplexity")
     for seed in c.stages:
         joined = [(perplexity(c.losses(name)[seed]), y) for y, name in enumerate(c.names) if seed in c.losses(name)]
-        ax.plot(*zip(*joined, strict=True), color=GREY, lw=0.7, alpha=0.35)
-    for y, name in enumerate(c.names):
-        values, color = [perplexity(x) for x in c.losses(name).values()], colors.get(name, RED)
-        mean = c.ppl(name)
-        ax.plot(values, [y] * len(values), "o", color=color, ms=5, alpha=0.4, mec="none")
-        ax.plot(mean, y, "D", color=color, ms=6)
-        ax.annotate(f"{mean:.4g}", (max(values), y), xytext=(9, 0), textcoords="offset points", va="center", color=color, fontsize=9,
-                    bbox={"fc": "white", "ec": "none", "pad": 0.5})
-    base = c.ppl(EXPERTS)
-    margin = base * perplexity(c.study.plan.margin)
-    for x, style in ((base, "-"), (margin, "--")):
-        ax.axvline(x, color=GREY, lw=0.8, ls=style)
-    ax.annotate("margin over the experts", (margin, 1), xycoords=("data", "axes fraction"), xytext=(3, -2),
-                textcoords="offset points", va="top", color=GREY, fontsize=8)
-    ax.set(xscale="log", xlabel="validation perplexity", yticks=range(len(c.names)), yticklabels=c.names)
-    ax.invert_yaxis()
-    ax.margins(0.1, 0.12)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter("{x:,g}")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9)
+        figure.axes[0].plot(*zip(*joined, strict=True), color=GREY, lw=0.7, alpha=0.35, zorder=1)
     return figure
 
 def plot_stages(c: Conversion) -> Picture:

@@ -7,6 +7,7 @@ __all__ = ['SCHEMA', 'teacher_loss', 'untrained', 'teacher_facts', 'distilled_ar
            'parts_table', 'cost_table', 'verdict_table', 'draw_parts', 'plot_parts', 'bundle', 'recompute', 'results']
 
 # %% ../../nbs/experiments/05_distill.ipynb #ce863579
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..config.config import Config
 from ..data.prepare import prepare
 from ..data.tokenizer import load_tokenizer
 from ..report.bundle import as_results, check_bundle, overall
-from ..report.figure import Picture
+from ..report.figure import Curve, Picture, draw_curves, name_ends
 from ..report.table import Table
 from ..runs.files import publish
 from ..study import study as studies
@@ -171,27 +172,21 @@ def verdict_table(study: Study) -> Table:
 # %% ../../nbs/experiments/05_distill.ipynb #8604c183
 def draw_parts(study: Study, arm: str) -> Figure:
     "Draw squared error over the power of the target by layer, for keys and values; one line style per teacher."
-    parts = _parts(study, arm)
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    keys = next(iter(parts.values()), {})
-    layers = sorted({int(key.rsplit("/", 2)[1]) for key in keys})
-    names = list(dict.fromkeys(key.rsplit("/", 2)[0] for key in keys))
+    parts, figure = _parts(study, arm), Figure(figsize=(9.6, 3.4), layout="constrained")
+    keys = [key.rsplit("/", 2) for key in next(iter(parts.values()), {})]
+    layers, names = sorted({int(layer) for _, layer, _ in keys}), list(dict.fromkeys(name for name, *_ in keys))
     colors = matplotlib.colormaps["viridis"].resampled(len(layers) + 1)
-    for ax, of in zip(axes, "kv", strict=True):
-        for style, name in zip(("-", "--", ":", "-.") * len(names), names, strict=False):
+    for ax, (kind, title) in zip(figure.subplots(1, 2, sharey=True), {"k": "keys", "v": "values"}.items(), strict=True):
+        curves = []
+        for style, name in zip(cycle(("-", "--", ":", "-.")), names, strict=False):
             for layer in layers:
-                curve = [(step, mse / power) for step, found in parts.items() if f"{name}/{layer}/{of}" in found
-                         for mse, _, power in [found[f"{name}/{layer}/{of}"]] if power > 0]
+                found = {step: part[key] for step, part in parts.items() if (key := f"{name}/{layer}/{kind}") in part and part[key][2] > 0}
                 label = f"layer {layer}" + (f", {name}" if len(names) > 1 else "")
-                ax.plot(*zip(*curve, strict=True), color=colors(layer), ls=style, lw=1.4, label=label)
-        ax.set(xlabel="step", ylim=(0, None))
-        ax.set_title({"k": "keys", "v": "values"}[of], fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-    axes[0].set(ylabel="squared error / power of the target")
-    if layers:
-        axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+                curves.append(Curve(label, list(found), [mse / power for mse, _, power in found.values()], colors(layer), style=style))
+        draw_curves(curves, ax=ax, xlabel="step")
+        ax.set_title(title, fontsize=10)
+    figure.axes[0].set(ylabel="squared error / power of the target", ylim=(0, None))
+    name_ends(figure)
     return figure
 
 def plot_parts(study: Study, arm: str) -> Picture:

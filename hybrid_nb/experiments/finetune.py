@@ -12,7 +12,6 @@ import json
 import math
 import random
 import re
-import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from transformers import AutoModelForCausalLM
 
 from ..account.rates import DTYPES
@@ -33,14 +31,14 @@ from ..data.sources import END, Document, corpus
 from ..data.tokenizer import encode, load_tokenizer
 from ..model.decoder import DecoderPreTrainedModel, quiet_transformers
 from ..report.bundle import as_results, check_bundle
-from ..report.figure import GREY, Picture
+from ..report.figure import Picture, draw_dots, palette
 from ..report.table import Table
 from ..report.verdict import because_table
 from ..runs.files import publish, read_manifest
 from ..runs.runs import Run
 from ..study import study as studies
 from ..study import tables as study_tables
-from ..study.figures import PALETTE
+from ..study.figures import seed_row
 from ..study.study import Study
 from ..study.trials import Arm
 from ..train.checkpoint import checkpoints
@@ -249,30 +247,14 @@ def answers_table(told: list[dict[str, Any]]) -> Table:
     return Table([{"arm": row["arm"], "question": a["question"], "answer": a["answer"], "the beginning of what it said": a["said"][:32]}
                   for row in told for a in row["answers"]])
 
+# %% ../../nbs/experiments/07_finetune.ipynb #e6a10c59
 def draw_price(study: Study) -> Figure:
-    "Draw perplexity of the answers against the number of trained parameters."
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    ax, before = figure.subplots(), None
-    for color, arm in zip(PALETTE * len(study.plan.arms), _done(study), strict=False):
-        x = study.finished(arm)[0].info["params"]["trainable"]
-        ends = [perplexity(run.records("eval")[-1]["val_loss"]) for run in study.finished(arm)]
-        ax.plot([x] * len(ends), ends, "o", color=color, ms=5)
-        ax.annotate(arm, (x, statistics.geometric_mean(ends)), xytext=(7, 0), textcoords="offset points", va="center", color=color,
-                    fontsize=9)
-        before = before or perplexity(_ends(study, arm)[0])
-    if before is not None:
-        ax.axhline(before, color=GREY, lw=0.8, ls="--")
-        ax.annotate("before", (0.01, before), xycoords=("axes fraction", "data"), xytext=(0, -10), textcoords="offset points",
-                    color=GREY, fontsize=8)
-    ax.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="PPL of the answers")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter("{x:,g}")
-    ax.margins(0.12, 0.15)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8)
-    return figure
+    "Draw perplexity of the answers by arm, those that train the fewest parameters first."
+    trained, colors = {arm: study.finished(arm)[0].info["params"]["trainable"] for arm in _done(study)}, palette(study.plan.arms)
+    rows = [seed_row(arm, [run.records("eval")[-1]["val_loss"] for run in study.finished(arm)], study.plan.alpha, "{:,.4g}",
+                     f"{trained[arm]:,} trained", colors[arm], perplexity) for arm in sorted(trained, key=trained.__getitem__)]
+    before = {perplexity(_ends(study, arm)[0]): "before" for arm in _done(study)[:1]}
+    return draw_dots(rows, before, xscale="log", xlabel="PPL of the answers; at the right with the number of trained parameters")
 
 def plot_price(study: Study) -> Picture:
     "Chart of perplexity against trained parameters, as a picture."

@@ -21,15 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 
 from ..config.errors import ConfigError, closest
 from ..model.projector import ElasticBottleneck, init_linear
 from ..report.bundle import as_results, check_bundle
-from ..report.figure import BLUE, GREY, RED, Picture
+from ..report.figure import BLUE, GREY, RED, Curve, Picture, Row, draw_curves, draw_dots, name_ends, panel
 from ..report.table import Table
-from ..study.figures import spread
 from ..study.findings import judge_region
 from ..study.stats import ALPHA, t_interval
 from ..train.timing import allocated, find_device, time_interleaved
@@ -482,38 +480,22 @@ def claims_table(claims: Sequence[Claim], part: str = "") -> Table:
 # %% ../../nbs/experiments/09_projector.ipynb #4b96b278
 COLORS = {"linear": GREY, "normed linear": "#cc79a7", "0.5x": "#e69f00", "1.0x": BLUE, "2.0x": "#009e73"}
 
-def _bare(ax):
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9)
-    if ax.get_yscale() == "log":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter("{x:g}")
-
 def _mean_curve(table: Records, part: str, arm: str) -> np.ndarray:
     return np.mean([r["losses"] for r in table.by[part, arm]], axis=0)
 
 def draw_losses(table: Records) -> Figure:
     "Draw loss against step for linear and the three ratios, and for linear at its former learning rate."
-    figure = Figure(figsize=(9.6, 3.6))
-    ax = figure.subplots()
-    figure.subplots_adjust(left=0.07, right=0.72, top=0.96, bottom=0.14)
-    curves = {arm: (_mean_curve(table, "stated", arm), color, "-") for arm, color in COLORS.items()}
-    curves["linear at 1e-4"] = (_mean_curve(table, "stated", "linear at 1e-4, Qwen-14B"), GREY, ":")
-    for losses, color, style in curves.values():
-        ax.plot(range(1, len(losses) + 1), losses, style, color=color, lw=1.8)
-    steps = len(curves["linear"][0])
-    for arm, loss in STATED_LOSS.items():
-        ax.plot(steps + 0.8, loss, "<", color=COLORS[arm], ms=7)
-    ax.set(yscale="log", xlabel="step", ylabel="loss on random targets", xlim=(0, steps + 1.5))
-    to_axes = ax.transData + ax.transAxes.inverted()
-    places = {arm: to_axes.transform((1, losses[-1]))[1] for arm, (losses, *_) in curves.items()}
-    for arm, y in spread(places, 14 / ax.get_window_extent().height).items():
+    arms = {arm: (arm, color, "-") for arm, color in COLORS.items()} | {"linear at 1e-4, Qwen-14B": ("linear at 1e-4", GREY, ":")}
+    ax, curves = panel(), []
+    for arm, (name, color, style) in arms.items():
+        losses = _mean_curve(table, "stated", arm)
         stated = f", stated {STATED_LOSS[arm]:g}" if arm in STATED_LOSS else ""
-        ax.annotate(f"{arm}: {curves[arm][0][-1]:.3f}{stated}", (1.02, y), xycoords="axes fraction", color=curves[arm][1], fontsize=9,
-                    va="center")
-    _bare(ax)
-    return figure
+        curves.append(Curve(f"{name}: {losses[-1]:.3f}{stated}", range(1, len(losses) + 1), losses, color, style=style))
+    draw_curves(curves, ax=ax, yscale="log", xlabel="step", ylabel="loss on random targets")
+    for arm, loss in STATED_LOSS.items():
+        ax.plot(curves[0].x[-1] + 0.8, loss, "<", color=COLORS[arm], ms=7)
+    name_ends(ax.figure)
+    return ax.figure
 
 def plot_losses(table: Records) -> Picture:
     "Chart of the losses of the four projectors, as a picture."
@@ -525,15 +507,13 @@ def draw_norms(table: Records) -> Figure:
     "Draw loss against step with LayerNorm, and without it for each teacher."
     figure = Figure(figsize=(9.6, 3.0), layout="constrained")
     for ax, teacher in zip(figure.subplots(1, 3, sharey=True), TEACHERS, strict=True):
-        for arm, color, name in (("1.0x", BLUE, "with"), (f"no LayerNorm, {teacher}", RED, "without")):
-            losses = _mean_curve(table, "stated", arm)
-            ax.plot(range(1, len(losses) + 1), losses, color=color, lw=1.6, label=f"{name}: {losses[-1]:.3f}")
-        mean, std, *_ = TEACHERS[teacher]
-        ax.set(yscale="log", xlabel="step")
-        ax.set_title(f"{teacher}: mean {mean:g}, std {std:g}", fontsize=10)
-        ax.legend(frameon=False, fontsize=9)
-        _bare(ax)
+        arms = {"with": ("1.0x", BLUE), "without": (f"no LayerNorm, {teacher}", RED)}
+        found = [(name, _mean_curve(table, "stated", arm), color) for name, (arm, color) in arms.items()]
+        draw_curves([Curve(f"{name}: {losses[-1]:.3f}", range(1, len(losses) + 1), losses, color) for name, losses, color in found],
+                    ax=ax, yscale="log", xlabel="step")
+        ax.set_title("{}: mean {:g}, std {:g}".format(teacher, *TEACHERS[teacher][:2]), fontsize=10)
     figure.axes[0].set_ylabel("loss on random targets")
+    name_ends(figure)
     return figure
 
 def plot_norms(table: Records) -> Picture:
@@ -547,23 +527,15 @@ VIEWS = {"random": "random targets", "linear": "linear relation", "nonlinear": "
          "linear, fresh": "linear relation,\nfresh positions", "nonlinear, fresh": "nonlinear relation,\nfresh positions"}
 
 def draw_unseen(table: Records) -> Figure:
-    "Draw the share of held-out targets explained, by task and projector."
-    figure = Figure(figsize=(9.6, 3.4))
-    ax = figure.subplots()
-    figure.subplots_adjust(left=0.08, right=0.84, top=0.96, bottom=0.17)
-    arms = {**COLORS, "best linear": "#000000"}
-    floor = -0.5
-    for i, (arm, color) in enumerate(arms.items()):
-        for x, view in enumerate(VIEWS):
-            place, values = x + 0.13 * (i - 2.5), table.values("relation", f"{arm}, {view}", explained)
-            shown = max(floor, float(np.mean(values)))
-            ax.plot([place] * len(values), np.maximum(values, floor), "o", color=color, ms=4, alpha=0.4, mec="none")
-            ax.plot(place, shown, "v" if np.mean(values) < floor else "D", color=color, ms=6, label=arm if x == 0 else None)
-    ax.axhline(0, color=GREY, lw=1, ls="--")
-    ax.set(xticks=range(len(VIEWS)), ylabel="share of held-out targets explained", ylim=(floor - 0.08, 1.02))
-    ax.set_xticklabels(VIEWS.values())
-    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _bare(ax)
+    "Draw the share of held-out targets explained, a panel a task, a row a projector."
+    figure, floor = Figure(figsize=(9.6, 3.2), layout="constrained"), -0.5
+    for ax, (view, title) in zip(figure.subplots(1, len(VIEWS)), VIEWS.items(), strict=True):
+        found = {arm: table.values("relation", f"{arm}, {view}", explained) for arm in (*COLORS, "best linear")}
+        rows = [Row(arm if view == "random" else "", values, None, f"{np.mean(values):+.2f}", COLORS.get(arm, "#000000"))
+                for arm, values in found.items()]
+        draw_dots(rows, {0.0: ""}, floor, ax, xlim=(floor - 0.1, 1.05))
+        ax.set_title(title, fontsize=9)
+    figure.supxlabel("share of held-out targets explained", fontsize=10)
     return figure
 
 def plot_unseen(table: Records) -> Picture:

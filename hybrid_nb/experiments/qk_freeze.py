@@ -14,7 +14,7 @@ __all__ = ['ARMS', 'CLAIMS', 'DOCUMENT_TOTAL', 'DOCUMENT_FROZEN', 'ABOUT_15', 'Q
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict as dataclass_dict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..config.config import Config, HybridConfig
 from ..config.errors import BAD_DATA, ConfigError, RunError, closest
 from ..config.presets import get_config
 from ..report.bundle import StoredRun, as_results, check_bundle
-from ..report.figure import GREY, Picture
+from ..report.figure import Picture, draw_dots, palette
 from ..report.table import Table
 from ..runs.provenance import in_checkout
 from ..runs.runs import Run
@@ -38,7 +38,7 @@ from ..study import run as study_run
 from ..study import study as studies
 from ..study import tables as study_tables
 from ..study.compare import Comparison, compare
-from ..study.figures import PALETTE, spread
+from ..study.figures import seed_row
 from ..study.findings import Claim, Finding, _interval, judge_all, judge_pairs, judge_region
 from ..study.stats import t_interval
 from ..study.study import Study
@@ -423,76 +423,22 @@ def gap_table(a: Analysis) -> Table:
     return Table(rows, {"trainable": "{:,}", "below A": "{:.1%}", "d against A": "{:+.4f}", "PPL": "{:+.1%}"})
 
 # %% ../../nbs/experiments/04_qk_freeze.ipynb #522ce2d1
-def _colors(a: Analysis) -> dict[str, str]:
-    return dict(zip(a.study.plan.arms, PALETTE * len(a.study.plan.arms), strict=False))
-
-def _ends(values: Sequence[float], alpha: float) -> tuple[float, float, float]:
-    "Mean and interval; a single value is its own interval."
-    if len(values) < 2:
-        return (values[0],) * 3
-    mean, _, low, high = map(float, t_interval(values, alpha))
-    return mean, low, high
-
 def draw_tradeoff(a: Analysis) -> Figure:
-    "Draw final perplexity against trainable parameters; arms with equally many stand side by side."
-    figure, colors, points = Figure(figsize=(9.6, 3.8)), _colors(a), {}
-    ax = figure.subplots()
-    figure.subplots_adjust(left=0.08, right=0.97, top=0.95, bottom=0.14)
-    for arm in a.study.plan.arms:
-        if losses := _finals(a.study, arm):
-            n = a.study.finished(arm)[0].info["params"]["trainable"] / 1e6
-            points[arm] = (n, *map(perplexity, _ends(losses, a.study.plan.alpha)))
-    xs = [p[0] for p in points.values()] or [0.0, 1.0]
-    wide = max(xs) - min(xs) or 0.1 * max(xs)
-    for x in sorted(set(xs)) if points else ():
-        for i, arm in enumerate(group := [arm for arm, p in points.items() if p[0] == x]):
-            place, (_, mean, low, high) = x + 0.015 * wide * (i - (len(group) - 1) / 2), points[arm]
-            ax.plot([place, place], [low, high], color=colors[arm], lw=2, alpha=0.6)
-            ax.plot(place, mean, "D", color=colors[arm], ms=6)
-    ax.set(xlabel="trainable parameters (millions)", ylabel="final validation perplexity")
-    ax.set_xlim(min(xs) - 0.15 * wide, max(xs) + 0.45 * wide)
-    scale = ax.transAxes.inverted().transform
-    for cluster in {round(x / (0.1 * wide)) for x in xs} if points else ():
-        near = {arm: p for arm, p in points.items() if round(p[0] / (0.1 * wide)) == cluster}
-        x, places = max(p[0] for p in near.values()), {arm: scale(ax.transData.transform((0, p[1])))[1] for arm, p in near.items()}
-        for arm, y in spread(places, 15 / ax.get_window_extent().height).items():
-            where = scale(ax.transData.transform((x, 0)))[0] + 0.04
-            ax.annotate(f"{arm} {points[arm][1]:.4g}", (where, y), xycoords="axes fraction", color=colors[arm], fontsize=9, va="center")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8)
-    return figure
+    "Draw final perplexity by arm, those that train the fewest parameters first."
+    done, colors = {arm: runs for arm in a.study.plan.arms if (runs := a.study.finished(arm))}, palette(a.study.plan.arms)
+    trained = {arm: runs[0].info["params"]["trainable"] for arm, runs in done.items()}
+    rows = [seed_row(arm, _finals(a.study, arm), a.study.plan.alpha, "{:.4g}", f"{trained[arm]:,} trainable" if arm in trained else "",
+                     colors[arm], perplexity) for arm in sorted(colors, key=lambda arm: trained.get(arm, math.inf))]
+    return draw_dots(rows, xlabel="final validation perplexity; at the right with the number of trainable parameters")
 
 def plot_tradeoff(a: Analysis) -> Picture:
-    "Chart of perplexity against trainable parameters, as a picture."
+    "Chart of perplexity and trainable parameters by arm, as a picture."
     losses = {arm: found for arm in a.study.plan.arms if (found := _finals(a.study, arm))}
     trained = {arm: a.study.finished(arm)[0].info["params"]["trainable"] for arm in losses}
     says = [f"{arm} PPL {perplexity(float(np.mean(x))):.4g} with {trained[arm]:,} trainable parameters" for arm, x in losses.items()]
     return Picture(draw_tradeoff(a), "; ".join(says) or "no run is done")
 
 # %% ../../nbs/experiments/04_qk_freeze.ipynb #2bbe1c89
-def _draw_dots(a: Analysis, values: dict[str, list[float]], axis: str, pattern: str, missing: dict[str, str]) -> Figure:
-    "Draw values of each arm's runs along one axis, with mean and interval."
-    arms, colors = a.study.plan.arms, _colors(a)
-    figure = Figure(figsize=(9.6, 1.0 + 0.42 * len(arms)))
-    ax = figure.subplots()
-    figure.subplots_adjust(left=0.16, right=0.7, top=0.97, bottom=0.62 / figure.get_figheight())
-    for y, arm in enumerate(arms):
-        if found := values.get(arm):
-            mean, low, high = _ends(found, a.study.plan.alpha)
-            ax.plot(found, [y] * len(found), "o", color=colors[arm], ms=5, alpha=0.45, mec="none")
-            ax.plot([low, high], [y, y], color=colors[arm], lw=2)
-            ax.plot(mean, y, "D", color=colors[arm], ms=6)
-        text = ", ".join(filter(None, [pattern.format(mean) if found else "", missing.get(arm, "")]))
-        ax.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), color=colors[arm], fontsize=9, va="center")
-    ax.set(yticks=range(len(arms)), ylim=(len(arms) - 0.4, -0.6), xlabel=axis)
-    ax.set_yticklabels(arms)
-    ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))
-    ax.xaxis.set_major_formatter("{x:,g}")
-    ax.tick_params(labelsize=9)
-    ax.grid(axis="x", color=GREY, alpha=0.15)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    return figure
-
 def _lost(a: Analysis, arm: str) -> str:
     "Number of unfinished runs of an arm, by how they ended."
     states = [e.outcome[0] for e in a.study.entries if e.arm == arm]
@@ -501,22 +447,24 @@ def _lost(a: Analysis, arm: str) -> str:
 def plot_speed(a: Analysis) -> Picture:
     "Chart of steps per hour by arm."
     rates = {arm: [v for run in a.study.finished(arm) if (v := steps_per_hour(run))] for arm in a.study.plan.arms}
-    none = {arm: _lost(a, arm) for arm in rates}
+    colors = palette(rates)
+    rows = [seed_row(arm, found, a.study.plan.alpha, "{:,.0f}", _lost(a, arm), colors[arm]) for arm, found in rates.items()]
     says = [f"{arm} {np.mean(found):,.0f} steps an hour" for arm, found in rates.items() if found]
-    return Picture(_draw_dots(a, rates, "steps an hour", "{:,.0f}", none), "; ".join(says) or "no run is done")
+    return Picture(draw_dots(rows, xlabel="steps an hour"), "; ".join(says) or "no run is done")
 
 def plot_target(a: Analysis) -> Picture:
     "Chart of minutes of training to the target perplexity by arm."
-    times, missing, says = {}, {}, []
+    colors, rows, says = palette(a.study.plan.arms), [], []
     for arm in a.study.plan.arms:
         runs = a.study.finished(arm)
         points = [first_below(run, math.log(a.target)) for run in runs] if a.target else []
-        times[arm] = [p[1] / 60 for p in points if p]
-        short = len(a.study.plan.seeds) - len(times[arm])
-        missing[arm] = f"{short} of {len(a.study.plan.seeds)} never reach it" if short else ""
-        says += [f"{arm} {np.mean(times[arm]):.3g} minutes"] if times[arm] else [f"{arm}: never"]
+        times = [p[1] / 60 for p in points if p]
+        short = len(a.study.plan.seeds) - len(times)
+        note = f"{short} of {len(a.study.plan.seeds)} never reach it" if short else ""
+        rows.append(seed_row(arm, times, a.study.plan.alpha, "{:.3g} minutes", note, colors[arm]))
+        says += [f"{arm} {np.mean(times):.3g} minutes"] if times else [f"{arm}: never"]
     axis = "minutes of training to " + (f"validation perplexity {a.target:.4g}" if a.target else "the target: no run is done")
-    return Picture(_draw_dots(a, times, axis, "{:.3g} minutes", missing), "; ".join(says))
+    return Picture(draw_dots(rows, xlabel=axis), "; ".join(says))
 
 # %% ../../nbs/experiments/04_qk_freeze.ipynb #d384a80d
 SCHEMA = 1  # version of the bundle

@@ -31,7 +31,7 @@ from ..config.errors import ConfigError
 from ..config.presets import from_dict
 from ..model.decoder import make_decoder
 from ..report.bundle import as_results, check_bundle
-from ..report.figure import Picture
+from ..report.figure import Picture, Row, draw_dots, style_panel
 from ..report.table import Table
 from ..train.optim import make_optimizer
 from ..train.timing import BenchmarkCase, make_step, time_interleaved
@@ -227,33 +227,23 @@ def ops_table(ops: pd.DataFrame) -> Table:
 # %% ../../nbs/experiments/10_qk_speed.ipynb #d3e20d54
 def draw_parts(parts: pd.DataFrame, speed: Speed) -> Figure:
     "Draw the parts of a step as bars, and beside them the saving of each round against the possible one."
-    figure = Figure(figsize=(9.6, 2.9), facecolor="white")
+    figure = Figure(figsize=(9.6, 2.9), layout="constrained")
     bars, dots = figure.subplots(1, 2, width_ratios=(3, 2))
-    figure.subplots_adjust(left=0.1, right=0.97, top=0.9, bottom=0.19, wspace=0.28)
     left, colors = np.zeros(2), ("#4c72b0", "#dd8452", "#8c8c8c", "#55a868")
     for part, color in zip(parts.index, colors, strict=True):
         values = parts.loc[part].to_numpy() * 1e3
         bars.barh(range(2), values, left=left, color=color, height=0.55)
         for y, (start, width) in enumerate(zip(left, values, strict=True)):
-            if width > 0.07 * parts.sum().max() * 1e3:
+            if width > 0.12 * parts.sum().max() * 1e3:
                 bars.text(start + width / 2, y, f"{part}\n{width:.0f}", color="white", ha="center", va="center", fontsize=8)
         left += values
-    bars.set(yticks=range(2), xlabel="ms a step, eager")
-    bars.set_yticklabels([name.split(",")[0] for name in parts.columns])
+    style_panel(bars)
+    bars.set(yticks=range(2), yticklabels=[name.split(",")[0] for name in parts.columns], xlabel="ms a step, eager")
+    bars.spines["left"].set_visible(False)
     bars.invert_yaxis()
-    dots.axvline(1, color="#8c8c8c", lw=1)
-    dots.axvline(AIM, color="#8c8c8c", lw=1, ls=":")
     shares = speed.gain / speed.turns[SKIPPED].median()
-    dots.plot(shares, np.zeros(len(shares)), "o", color="#4c72b0", alpha=0.4, mec="none")
-    dots.plot(speed.interval, [0.5] * 2, color="#4c72b0", lw=2)
-    dots.plot(speed.reached, 0.5, "D", color="#4c72b0")
-    dots.text(1, 1.02, " all", color="#8c8c8c", fontsize=8)
-    dots.text(AIM, 1.02, "aim ", color="#8c8c8c", fontsize=8, ha="right")
-    dots.set(xlabel="saved by C over the skipped work's time", yticks=[0, 0.5], ylim=(-0.5, 1))
-    dots.set_yticklabels(["each round", "90 % interval"], fontsize=8)
-    for ax in (bars, dots):
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.tick_params(labelsize=8)
+    row = Row("rounds and\n90 % interval", shares, speed.interval, f"{speed.reached:.0%}", "#4c72b0", speed.reached)
+    draw_dots([row], {1.0: "all", AIM: "aim"}, ax=dots, xlabel="saved by C over the skipped work's time")
     return figure
 
 def plot_parts(parts: pd.DataFrame, speed: Speed) -> Picture:
