@@ -139,7 +139,8 @@ def test_the_weightiest_of_several_reports_counts(tmp_path):
     for name, rounds, factor in (("qk_speed-x-aaaaaa", 9, 1.0), ("qk_speed-x-ffffff", 3, 2.0)):
         turns = {"index": [*range(rounds)], "columns": ["B, trainable", "C, frozen", "skipped work"]}
         turns["data"] = [[2.0 * factor, 1.9, 0.1]] * rounds
-        bundle = {"schema": 1, "kind": "speed", "info": {"config": asdict(get_config("gpt-base"))}, "turns": turns}
+        bundle = {"schema": 1, "kind": "speed", "info": {"config": asdict(get_config("gpt-base"))},
+                  **dict.fromkeys(("turns", "parts", "ops"), turns)}
         shown = {"pipeline": "qk_speed", "subject": "x", "verdict": "PASS", "headline": {}, "bundle": bundle}
         (tmp_path / f"{name}.json").write_text(json.dumps(shown))
     (found,) = audit.read_measurements(tmp_path).values()

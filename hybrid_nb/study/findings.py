@@ -72,9 +72,13 @@ class Finding:
     why: tuple[str, ...] = ()
     decides: bool = True
     claim: Claim | None = None
+    stated: str = ""  # figure of a document
+    because: tuple[str, ...] | None = None  # sentences of a report; None: made of name, verdict, measurement and reasons
 
     def sentences(self) -> list[str]:
-        "The measurement and each reason, after name and verdict."
+        "Sentences of a report: as given, or the measurement and each reason, after name and verdict."
+        if self.because is not None:
+            return list(self.because)
         return [": ".join(filter(None, (self.name, self.verdict, text))) for text in (self.measured, *self.why) if text]
 
     @property
@@ -120,7 +124,7 @@ def judge_all(
 ) -> dict[str, Any]:  # 'verdict': one of VERDICTS; 'because': sentences
     "The verdict on all findings that decide, and the reasons of each."
     because = [text for f in found for text in f.sentences()]
-    return {"verdict": overall(f.verdict for f in found if f.decides), "because": because or ["no arm makes a claim"]}
+    return {"verdict": overall(f.verdict for f in found if f.decides), "because": because if found else ["no arm makes a claim"]}
 
 def findings_table(found: list[Finding]) -> Table:
     "Each finding: criterion, measurement, interval, verdict."
