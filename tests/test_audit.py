@@ -13,7 +13,7 @@ import pytest
 from hybrid_nb.config.config import asdict
 from hybrid_nb.config.presets import get_config
 from hybrid_nb.experiments import audit
-from hybrid_nb.experiments.audit import CLAIMS, EXPERIMENT, Measurement, as_span, trainable
+from hybrid_nb.experiments.audit import CLAIMS, Measurement, as_span, trainable
 from hybrid_nb.report.bundle import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE, VERDICTS
 from hybrid_nb.report.index import read_result
 
@@ -141,7 +141,8 @@ def test_the_weightiest_of_several_reports_counts(tmp_path):
     for name, rounds, factor in (("qk_speed-x-aaaaaa", 9, 1.0), ("qk_speed-x-ffffff", 3, 2.0)):
         turns = {"index": [*range(rounds)], "columns": ["B, trainable", "C, frozen", "skipped work"]}
         turns["data"] = [[2.0 * factor, 1.9, 0.1]] * rounds
-        bundle = {"schema": 1, "kind": "speed", "info": {"config": asdict(get_config("gpt-base"))}, "turns": turns}
+        bundle = {"schema": 1, "kind": "speed", "info": {"config": asdict(get_config("gpt-base"))},
+                  **dict.fromkeys(("turns", "parts", "ops"), turns)}
         shown = {"pipeline": "qk_speed", "subject": "x", "verdict": HOLDS, "headline": {}, "bundle": bundle}
         (tmp_path / f"{name}.json").write_text(json.dumps(shown))
     (found,) = audit.read_measurements(tmp_path).values()

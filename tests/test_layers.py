@@ -28,8 +28,7 @@ UPWARD = {
     ("experiments.benchmark", "cli.main"),  # `hnb --help` is timed
     ("report.pipelines", "pipeline"),  # the import cell of a notebook that is checked, by the module's former name
 }
-READ_BY_AUDIT = ("srte", "qk_freeze", "context", "parallel", "projector", "qk_speed", "foundation", "dense")
-CROSSING = {("experiments.audit", f"experiments.{name}") for name in READ_BY_AUDIT}
+CROSSING = {("experiments.audit", "experiments.srte")}  # totals that document 000 states
 WRITERS = {"runs.files", "data.tokens", "train.checkpoint", "report.publish"}
 WRITING = {  # beside them
     "runs.messages",  # the log of an unforeseen error

@@ -21,10 +21,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from IPython.display import Markdown
 from matplotlib.figure import Figure
@@ -36,24 +36,20 @@ from ..account.params import active_params, count_params
 from ..config.config import Config, DistillConfig
 from ..config.errors import ConfigError, closest
 from ..config.presets import get_config
-from . import context, foundation, projector, qk_freeze
-from . import dense as dense_module
-from .parallel import stored_checkpointing
-from .qk_speed import median_interval, stored_speed
+from . import EXPERIMENTS, get_experiment
 from .srte import DOCUMENT_TOTALS
 from ..model.orthogonal import generate_orthogonal_matrix
 from ..model.projector import KVDimensionProjector, recommend
 from ..model.srte import SRTE, sincos_frequencies
-from ..report.bundle import as_results, check_bundle
+from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE, VERDICTS
 from ..report.curves import LEVELS
 from ..report.figure import BLUE, GREY, RED, Picture
 from ..report.result import result_problem
 from ..report.table import Table
 from ..runs.files import read_json
-from ..study.stats import t_interval
-from ..study.study import stored_study
+from ..study.experiment import Experiment
+from ..study.findings import DIVERGED, Finding, Span
 from ..study.tables import part_params
-from ..train.evaluate import ppl_change
 from ..train.optim import lr_at
 
 # %% ../../nbs/experiments/13_audit.ipynb #db9bf135
@@ -940,8 +936,8 @@ def first_lines(findings: list[JudgedClaim]) -> Markdown:
     for f in findings:
         stated.setdefault((f.claim.document, f.claim.line, f.claim.stated.lstrip("*~<>=+-"), f.claim.unit), set()).add(f.verdict)
     never = sum(FAILS in verdicts and HOLDS not in verdicts for verdicts in stated.values())
-    head = (f"**{verdicts.total()} figures: {verdicts[HOLDS]} hold, {verdicts[FAILS]} do not, {verdicts[NOT_SHOWN]} are not shown at this scale, "
-            f"{verdicts[NOT_TESTABLE]} cannot be tested here.** "
+    head = (f"**{verdicts.total()} figures: {verdicts[HOLDS]} hold, {verdicts[FAILS]} do not, "
+            f"{verdicts[NOT_SHOWN]} are not shown at this scale, {verdicts[NOT_TESTABLE]} cannot be tested here.** "
             f"Of those that do not hold, {verdicts[FAILS] - seen} fail by arithmetic and {seen} were measured, each at the scale that it "
             "names, which may be far below the document's. "
             f"They are readings of {len(stated)} stated figures; {never} of these hold in no reading that can be tested.")
@@ -984,7 +980,8 @@ def draw_audit(findings: list[JudgedClaim]) -> Figure:
             n = sum(f.verdict == verdict for f in mine)
             left.barh(y, n, left=at, height=0.6, color=_COLORS[verdict], label=verdict if y == 0 else None)
             if n:
-                left.annotate(str(n), (at + n / 2, y), ha="center", va="center", fontsize=9, color="white" if verdict in (HOLDS, FAILS) else "black")
+                left.annotate(str(n), (at + n / 2, y), ha="center", va="center", fontsize=9,
+                              color="white" if verdict in (HOLDS, FAILS) else "black")
             at += n
         points = [(r, f.verdict) for f in mine if (r := _ratio(f))]
         for i, (r, verdict) in enumerate(points):

@@ -60,7 +60,7 @@ class Job:
 
     def wait(self) -> int:
         "Wait for the end of the job and return its exit code."
-        while self.poll() is None:
+        while (code := self.poll()) is None:
             time.sleep(0.2)
         return code
 
