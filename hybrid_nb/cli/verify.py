@@ -25,7 +25,7 @@ from typing import Any
 from .engine import _PATHS
 from ..config.errors import BAD_DATA, RunError
 from ..config.override import override
-from ..experiments import get_experiment
+from ..experiments.registry import get_experiment
 from ..report.bundle import current_words
 from ..report.index import read_report, read_result, report_data
 from ..report.page import _TAGS, notebook_title, report_page

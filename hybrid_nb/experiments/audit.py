@@ -36,7 +36,7 @@ from ..account.params import active_params, count_params
 from ..config.config import Config, DistillConfig
 from ..config.errors import ConfigError, closest
 from ..config.presets import get_config
-from . import EXPERIMENTS, get_experiment
+from .registry import EXPERIMENTS, get_experiment
 from .srte import DOCUMENT_TOTALS
 from ..model.orthogonal import generate_orthogonal_matrix
 from ..model.projector import KVDimensionProjector, recommend
