@@ -41,7 +41,6 @@ CROWDED: dict[str, int] = {
     "model/09_texts": 3,
     "model/10_head": 1,
     "model/11_decoder": 2,
-    "model/13_hybrid": 3,
     "model/14_projector": 7,
     "account/01_rates": 2,
     "account/02_params": 1,
@@ -77,7 +76,6 @@ CROWDED: dict[str, int] = {
     "study/06_trials": 1,
     "study/07_launch": 2,
     "study/09_findings": 2,
-    "experiments/01_srte": 1,
     "experiments/02_srte_convert": 2,
     "experiments/03_benchmark": 8,
     "experiments/04_qk_freeze": 9,
@@ -94,7 +92,7 @@ CROWDED: dict[str, int] = {
     "cli/06_verify": 1,
     "cli/07_main": 2,
 }
-LONG = {"model.hybrid.forward"}
+LONG: set[str] = set()
 TWICE = {"report.run: if self.handle is None:"}  # where the first of equal lines begin
 
 MODULES = sorted(path for path in (ROOT / "hybrid_nb").rglob("*.py") if path.name != "_modidx.py")
