@@ -60,6 +60,7 @@ def cast_number(
     _check(hint is float or abs(typed) < 2**63, f"{name}={brief(value)} is not below 2**63")
     return typed
 
+# %% ../../nbs/config/02_cast.ipynb #630247ac
 def _cast_text(name: str, value: str | numbers.Real) -> str:
     "A value as it would be written in a file."
     _check(not isinstance(value, int) or abs(value) < 2**63, f"{name}={brief(value)} is not below 2**63")
@@ -76,10 +77,12 @@ def _cast_choice(name: str, value: str | numbers.Real, options: tuple) -> Any:
     _check(bool(found), f"{name}={brief(value)} is none of {', '.join(words)}{closest(text, words)}")
     return found[0]
 
+# %% ../../nbs/config/02_cast.ipynb #335fd62f
 def is_nothing(value: Any) -> bool:
     "True where a value is None or a word for it."
     return value is None or isinstance(value, str) and value.lower() in ("none", "null")
 
+# %% ../../nbs/config/02_cast.ipynb #2cfcb451
 def cast(
     name: str,  # of the field, for the error message
     value: Any,  # as YAML or a command line gave it

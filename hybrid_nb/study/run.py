@@ -6,7 +6,6 @@
 __all__ = ['study', 'LiveStudy']
 
 # %% ../../nbs/study/08_run.ipynb #edf4b641
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from IPython.display import display
 
 from ..config.config import Config
 from ..config.errors import BAD_DATA, ConfigError, RunError, closest
+from ..report.figure import LiveFigure
 from ..runs.provenance import in_checkout
 from ..runs.runs import claim_folder, load_run
 from .compare import outcome
@@ -110,7 +109,7 @@ class LiveStudy:
         self,
         min_seconds: float = 5.0,  # between two drawings
     ):
-        self.min_seconds, self.seen, self.ended, self.due, self.handle = min_seconds, {}, set(), -math.inf, None
+        self.figure, self.seen, self.ended = LiveFigure(min_seconds), {}, set()
         self.said = time.monotonic()  # when the last line was printed
 
     def __call__(self, folder: Path, read: Callable[[], Study]):
@@ -128,17 +127,9 @@ class LiveStudy:
         if state in ("diverged", "failed") and folder not in self.ended:
             self.ended.add(folder)
             print(f"{folder.name}: {state}: {why}", flush=True)
-        if time.monotonic() >= self.due:
+        if self.figure.is_due():
             self.draw(read())
 
     def draw(self, study: Study):
         "Draws the curves, where there is a notebook to draw in."
-        if get_ipython() is None:
-            return
-        began, picture = time.monotonic(), plot_ppl(study)
-        if self.handle is None:
-            self.handle = display(picture, display_id=True)
-        else:
-            self.handle.update(picture)
-        now = time.monotonic()
-        self.due = now + max(self.min_seconds, 50 * (now - began))
+        self.figure.draw(lambda: plot_ppl(study))
