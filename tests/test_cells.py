@@ -18,31 +18,12 @@ SHOWN_NEXT = 0.65  # and of those whose next code cell uses them: visible and no
 
 # Exported cells with more than one public definition, by notebook.
 CROWDED: dict[str, int] = {
-    "config/02_cast": 1,
-    "config/03_config": 3,
-    "config/04_override": 1,
-    "config/06_yaml": 2,
-    "runs/01_lock": 1,
-    "runs/02_secrets": 1,
-    "runs/03_messages": 1,
-    "runs/04_files": 3,
-    "runs/05_runs": 3,
-    "runs/06_provenance": 1,
-    "data/01_grammar": 4,
-    "data/02_sources": 6,
-    "data/03_tokenizer": 2,
-    "data/06_answers": 1,
-    "model/01_orthogonal": 1,
-    "model/03_rope": 1,
-    "model/04_attention": 2,
-    "model/05_ssm": 1,
+    "model/04_attention": 1,
     "model/07_moe": 2,
     "model/08_foreign": 1,
     "model/09_texts": 3,
     "model/10_head": 1,
     "model/11_decoder": 2,
-    "model/13_hybrid": 3,
-    "model/14_projector": 7,
     "account/01_rates": 2,
     "account/02_params": 1,
     "account/03_flops": 2,
@@ -60,7 +41,6 @@ CROWDED: dict[str, int] = {
     "train/11_lora": 4,
     "train/12_parallel": 1,
     "train/13_timing": 1,
-
     "report/02_bundle": 2,
     "report/04_curves": 4,
     "report/05_monitors": 1,
@@ -77,7 +57,6 @@ CROWDED: dict[str, int] = {
     "study/06_trials": 1,
     "study/07_launch": 2,
     "study/09_findings": 2,
-    "experiments/01_srte": 1,
     "experiments/02_srte_convert": 2,
     "experiments/03_benchmark": 8,
     "experiments/04_qk_freeze": 9,
@@ -94,8 +73,8 @@ CROWDED: dict[str, int] = {
     "cli/06_verify": 1,
     "cli/07_main": 2,
 }
-LONG = {"model.hybrid.forward"}
-TWICE = {"report.run: if self.handle is None:"}  # where the first of equal lines begin
+LONG: set[str] = set()
+TWICE: set[str] = set()  # where the first of equal lines begin
 
 MODULES = sorted(path for path in (ROOT / "hybrid_nb").rglob("*.py") if path.name != "_modidx.py")
 

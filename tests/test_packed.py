@@ -319,7 +319,7 @@ def test_maps_are_llamas():
 
 @pytest.mark.parametrize("name", ["grouped", "experts", "hybrid"])
 def test_configuration_decides(name):
-    ids = torch.randint(61, (2, 9))
+    ids = torch.randint(1, 61, (2, 9))  # 0 pads
     model = build(name, attn_implementation="eager", output_hidden_states=True, output_attentions=True)
     out = model(ids)
     assert len(out.hidden_states) == 3 and len(out.attentions) == 2

@@ -268,6 +268,5 @@ def main():
         silence(sys.stdout)
         code = 0
     except (Exception, KeyboardInterrupt) as error:
-        told = hasattr(error, "format_message")  # an error of the option parser
-        _leave(ConfigError(error.format_message()) if told else error, "hnb")
+        _leave(ConfigError(error.format_message()) if hasattr(error, "format_message") else error, "hnb")  # the option parser's
     sys.exit(code)

@@ -61,6 +61,7 @@ def cast_number(
     _check(hint is float or abs(typed) < 2**63, f"{name}={brief(value)} is not below 2**63")
     return typed
 
+# %% ../../nbs/config/02_cast.ipynb #630247ac
 def _cast_text(name: str, value: str | numbers.Real) -> str:
     "A value as it would be written in a file."
     _check(not isinstance(value, int) or abs(value) < 2**63, f"{name}={brief(value)} is not below 2**63")
@@ -77,10 +78,12 @@ def _cast_choice(name: str, value: str | numbers.Real, options: tuple) -> Any:
     _check(bool(found), f"{name}={brief(value)} is none of {', '.join(words)}{closest(text, words)}")
     return found[0]
 
+# %% ../../nbs/config/02_cast.ipynb #335fd62f
 def is_nothing(value: Any) -> bool:
     "True where a value is None or a word for it."
     return value is None or isinstance(value, str) and value.lower() in ("none", "null")
 
+# %% ../../nbs/config/02_cast.ipynb #2cfcb451
 def _cast_list(name: str, value: Any, kind: type) -> list:
     "The values of a list, or of a text such as '1,2,3'."
     parts = [part.strip(" '\"") for part in value.strip("[] ").split(",") if part.strip()] if isinstance(value, str) else value

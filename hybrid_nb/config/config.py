@@ -81,6 +81,7 @@ def near_name(
     "The end of an error message: the kind of model that has the field, or the nearest name."
     return ": it is of another kind of model" if key in MODEL_NAMES else closest(key, names_of(names) | MODEL_NAMES, likeness)
 
+# %% ../../nbs/config/03_config.ipynb #203af448
 def understood(
     values: dict[str, Any],  # by any name
     names: Collection[str],  # of the fields
@@ -95,6 +96,7 @@ def understood(
             agree(found, name, v, f"{key}={brief(value)}")
     return found
 
+# %% ../../nbs/config/03_config.ipynb #00b18c08
 def _understanding(record: Any) -> Any:
     "A record class whose constructor accepts every alias of its fields."
     plain, names = record.__init__, {f.name for f in fields(record)}
@@ -400,6 +402,7 @@ class DataConfig:
         _check(self.bpe_vocab >= 257, f"bpe_vocab={self.bpe_vocab} must be at least 257: 256 bytes and the end marker")
         _check_positive(self, "grammar_stories")
 
+# %% ../../nbs/config/03_config.ipynb #faf77f83
 @_understanding
 @dataclass(frozen=True)
 class DistillConfig:
@@ -436,6 +439,7 @@ class DistillConfig:
         _check(self.mse + self.cosine > 0, "mse=0 and cosine=0 leave no loss")
         _check(0 <= self.dropout < 1, f"dropout={self.dropout} is outside [0, 1)")
 
+# %% ../../nbs/config/03_config.ipynb #926385b6
 @_understanding
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -456,6 +460,7 @@ class FinetuneConfig:
         _check(bool(self.rank) or not self.targets,
                f"targets={brief(self.targets)} name adapters, and rank=0 trains every weight without any")
 
+# %% ../../nbs/config/03_config.ipynb #ae86cd69
 @dataclass(frozen=True)
 class Config:
     "Everything that determines the result of a run."
@@ -478,6 +483,7 @@ def asdict(config) -> dict[str, Any]:
     plain = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("later") or getattr(config, f.name) != f.default}
     return {name: asdict(v) if dataclasses.is_dataclass(v) else json.loads(json.dumps(v)) for name, v in plain.items()}
 
+# %% ../../nbs/config/03_config.ipynb #cb2dc45b
 def config_hash(config) -> str:  # 64 hexadecimal digits
     "SHA-256 of a configuration's canonical JSON."
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()

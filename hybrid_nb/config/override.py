@@ -73,6 +73,7 @@ def override(
     "A configuration with some fields replaced."
     return _with(config, resolve(type(config.model), values, config.name))
 
+# %% ../../nbs/config/04_override.ipynb #cfe317fb
 def written(values: dict[str, Any]) -> str:  # 'train.lr=1e-3 betas=0.9,0.98'
     "Fields and their values as one string, in the form of a command line."
     def text(name, value):

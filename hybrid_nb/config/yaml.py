@@ -24,6 +24,7 @@ def shipped() -> Path:
     package = Path(hybrid_nb.__file__).resolve().parent
     return package if (package / "pipelines").is_dir() else package.parent
 
+# %% ../../nbs/config/06_yaml.ipynb #3ba8981d
 def find_file(
     path: str | Path,
 ) -> Path:  # the same path; where nothing is there, the package's own file in `pipelines/`
@@ -147,6 +148,7 @@ def read_yaml(
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{what} is not YAML: {str(error).splitlines()[0][:200]}") from None
 
+# %% ../../nbs/config/06_yaml.ipynb #336070c9
 def read_yaml_file(
     path: str | Path,
     what: str = "configuration",  # the kind of file, for error messages

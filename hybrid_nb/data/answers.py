@@ -21,6 +21,7 @@ class Answers(NamedTuple):
     windows: int
     empty: int  # windows in which nothing is to be predicted
 
+# %% ../../nbs/data/06_answers.ipynb #d857e639
 def count_answers(
     given: Shards,  # 1 where a token belongs to a prompt
     seq_len: int,
@@ -38,6 +39,7 @@ def count_answers(
     edges = np.concatenate(parts)  # each prompt begins at an edge and ends at the next
     return Answers(len(edges) // 2, int((edges[1::2] - edges[::2] > seq_len).sum()), windows, empty)
 
+# %% ../../nbs/data/06_answers.ipynb #9e7db0b0
 MOST_EMPTY = 0.5  # share of windows without targets above which training is refused
 
 def check_answers(

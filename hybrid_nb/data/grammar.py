@@ -31,6 +31,7 @@ class Item(NamedTuple):
     silent: bool = False
     upper: bool = False
 
+# %% ../../nbs/data/01_grammar.ipynb #a7550f70
 def parse_template(
     template: str,  # text with {rule}, {slot=rule}, {slot:rule} and {slot}
     rules: Iterable[str],  # names of the grammar's rules; any other name is a slot
@@ -50,6 +51,7 @@ class Given:
     slots: tuple[str, ...]
     tables: dict[str, Any]  # the slots' values, joined by spaces: options
 
+# %% ../../nbs/data/01_grammar.ipynb #1f38eaf7
 def given(
     slots: str,  # one or more, separated by spaces
     **tables: str | list[str],  # value: options
@@ -65,11 +67,13 @@ class Option(NamedTuple):
     items: tuple[Item, ...]
     plain: str | None  # the text, where the template is literal text only
 
+# %% ../../nbs/data/01_grammar.ipynb #c5af674e
 class Rule(NamedTuple):
     "Tables of options, chosen by the values of slots."
     given: tuple[str, ...]
     tables: dict[tuple[str, ...], tuple[tuple[Option, ...], list[float]]]  # options and cumulative probabilities
 
+# %% ../../nbs/data/01_grammar.ipynb #9ca4d3a1
 def parse_options(
     options: str | list[str],  # 'red*3|blue' or a list of templates
     rules: Iterable[str],  # names of the grammar's rules
@@ -669,6 +673,7 @@ class Story(NamedTuple):
     text: str
     nats: float
 
+# %% ../../nbs/data/01_grammar.ipynb #24d4f3c5
 def story(
     n: int,  # number of the story, from 0
     seed: int = 0,
@@ -677,6 +682,7 @@ def story(
     "One story of the embedded corpus."
     return Story(*tell(STORIES, random.Random(f"{split}/{seed}/{n}")))
 
+# %% ../../nbs/data/01_grammar.ipynb #88846561
 def generate(
     n: int,  # how many
     seed: int = 0,

@@ -38,6 +38,7 @@ class Document(NamedTuple):
     nats: float | None = None  # exact -log p, where the source knows it
     prompt: str = ""  # context before the text: read, but not learned
 
+# %% ../../nbs/data/02_sources.ipynb #630c8fd4
 @dataclass(frozen=True)
 class Corpus:
     "Documents in a fixed order."
@@ -76,6 +77,7 @@ class FileFacts(NamedTuple):
     marked: bool  # True where END separates documents
     lined: bool  # True where every END has a line of its own
 
+# %% ../../nbs/data/02_sources.ipynb #63904ecb
 def _chunks(path: Path) -> Iterator[bytes]:
     with (gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")) as file:
         while chunk := file.read(1 << 20):
@@ -172,6 +174,7 @@ def _prompted(row: Any, data: DataConfig, where: str) -> tuple[str, str]:  # pro
     "The prompt and the answer of a row."
     return _field(row, data.text_key, where) + "\n", _field(row, data.answer_key, where)
 
+# %% ../../nbs/data/02_sources.ipynb #fede39e0
 def json_rows(
     path: Path,  # .jsonl or .jsonl.gz
 ) -> Iterator[tuple[str, Any]]:  # place in the file, and content
@@ -185,6 +188,7 @@ def json_rows(
                     raise DataError(f"{path}, line {n} is not JSON: {error}") from None
                 yield f"{path}, line {n}", row
 
+# %% ../../nbs/data/02_sources.ipynb #2d84dc80
 def json_documents(
     path: Path,  # .jsonl or .jsonl.gz
     key: str,  # of the text
@@ -212,6 +216,7 @@ def named_splits(
     words += [a + b for a, b in zip(words, words[1:], strict=False)]  # held-out
     return [split for split, known in _SPLITS.items() if {*known.split()} & {*words}]
 
+# %% ../../nbs/data/02_sources.ipynb #07821ab6
 def _holds_text(folder: Path) -> bool:
     return any(_ends(Path(name), *_SUFFIXES) and name[0] != "." for *_, names in os.walk(folder) for name in names)
 
@@ -264,6 +269,7 @@ def _check_exists(path: Path):
         raise DataError(f"no file or folder {path}{closest(missing.name, [*names, 'grammar'])}; "
                         "a source is 'grammar', a path or 'hf:owner/name'")
 
+# %% ../../nbs/data/02_sources.ipynb #eecfa82a
 def prompted_documents(
     path: Path,  # .jsonl or .jsonl.gz
     data: DataConfig,  # its text_key names the prompts, its answer_key the answers
@@ -276,6 +282,7 @@ def prompted_documents(
         prompt, answer = _prompted(row, data, where)
         yield Document(split or split_by_hash(prompt, data.valid_fraction), answer, prompt=prompt)
 
+# %% ../../nbs/data/02_sources.ipynb #f1268717
 def answered(
     documents: Callable[[], Iterable[Document]],  # of all rows
     empty: Counter[str],  # by split, reset and counted again
@@ -288,6 +295,7 @@ def answered(
         else:
             empty[document.split] += 1
 
+# %% ../../nbs/data/02_sources.ipynb #bbba1f9b
 def file_corpus(data: DataConfig) -> Corpus:
     "The documents of a file or folder."
     path = Path(data.source).expanduser()
@@ -366,6 +374,7 @@ def grammar_corpus(data: DataConfig) -> Corpus:
     size = sum(count.values()) * float(np.mean([len(s.text) for s in generate(50)]))
     return Corpus(data.source, _digest("grammar", rules, data.grammar_seed, count), documents, size, grammar_entropy())
 
+# %% ../../nbs/data/02_sources.ipynb #18046e92
 def corpus(
     data: DataConfig,
 ) -> Corpus:

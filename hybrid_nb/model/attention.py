@@ -139,12 +139,14 @@ class PositionsKept:
         super().batch_repeat_interleave(repeats)
         self._choose(lambda t: t.repeat_interleave(repeats, 0))
 
+# %% ../../nbs/model/04_attention.ipynb #6fe8d118
 class PositionedLayer(PositionsKept, DynamicLayer):
     "Keys and values of one layer, and the positions of the tokens."
 
 class PositionedStaticLayer(PositionsKept, StaticLayer):
     "Keys and values of one layer in a preallocated cache, and the positions of the tokens."
 
+# %% ../../nbs/model/04_attention.ipynb #4b98f544
 class ShiftedLayer(PositionedLayer):
     "Keys and values of one layer, and the last token's queries and keys before mixing."
     is_croppable = False
@@ -174,6 +176,7 @@ class ShiftedLayer(PositionedLayer):
             raise ValueError(f"a ShiftedLayer of {self.get_seq_length()} tokens cannot give back {abs(tokens_to_remove)}: "
                              "qk_shift keeps the last token alone")
 
+# %% ../../nbs/model/04_attention.ipynb #47fc2b65
 def shifted_cache(config: ModelConfig) -> Cache:
     "An empty cache for a decoder with `qk_shift`."
     return Cache(layers=[ShiftedLayer() for _ in range(config.n_layer)])
@@ -187,6 +190,7 @@ def kept_positions(
     positions = getattr(cache.layers[0] if cache.layers else cache, "positions", None) if cache is not None and past else None
     return positions if positions is not None and positions.shape[1] == past else None
 
+# %% ../../nbs/model/04_attention.ipynb #a9efe81d
 def keep_positions(
     cache: Cache,  # that already holds these tokens
     positions_BS: Tensor,  # (B or 1, S), of all tokens in the cache

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HybridLanguageModelConfig', 'drop_branch', 'BranchGate', 'gate_statistics', 'gate_loss', 'Alignment', 'make_srte',
-           'HybridBlock', 'HybridCache', 'HybridOutput', 'HybridTrunk', 'HybridLanguageModel', 'make_model',
-           'count_parts']
+           'HybridBlock', 'HybridCache', 'place_tokens', 'pad_maps', 'HybridOutput', 'HybridTrunk',
+           'HybridLanguageModel', 'make_model', 'count_parts']
 
 # %% ../../nbs/model/13_hybrid.ipynb #e8d3281f
 import math
@@ -68,6 +68,7 @@ class BranchGate(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:  # (B, T, D), before the sigmoid
         return self.up_proj(torch.tanh(self.down_proj(x_BTD)))
 
+# %% ../../nbs/model/13_hybrid.ipynb #bf932f9f
 def gate_statistics(
     z_BTD: Tensor,  # logits of the gate
     keep_BT: Tensor | None = None,  # False where padded
@@ -80,6 +81,7 @@ def gate_statistics(
         return rows.mean(1)
     return (rows * keep_BT[..., None]).sum(1) / keep_BT.sum(1, keepdim=True).clamp(min=1)
 
+# %% ../../nbs/model/13_hybrid.ipynb #01a9d0b1
 def gate_loss(
     gates_LB3: Tensor,  # `gate_statistics` of each layer
     share_B: Tensor,  # weight of each sample, usually its share of the batch's tokens
@@ -110,6 +112,7 @@ def make_srte(config: HybridConfig) -> SRTE | None:
         return None
     return SRTE(config.d_model, config.max_seq_len, config.srte_encoding, config.srte_factorized_rank)
 
+# %% ../../nbs/model/13_hybrid.ipynb #f1493485
 class HybridBlock(GradientCheckpointingLayer):
     "A block of Mamba and local-global attention on one input, aligned, gated and fused."
 
@@ -210,6 +213,35 @@ def _real_tokens(attention_mask: Tensor | None, past: int, T: int) -> Tensor | N
     keep_BS = attention_mask.bool()
     return keep_BS if torch.compiler.is_compiling() or not keep_BS.all() else None
 
+# %% ../../nbs/model/13_hybrid.ipynb #c61c2123
+def place_tokens(
+    h_BTD: Tensor,  # the new tokens
+    max_seq_len: int,  # the number of positions
+    attention_mask: Tensor | None = None,  # (B, past + T), 0 where padded
+    position_ids: Tensor | None = None,  # (B, T) of the caller; None: counted
+    cache: HybridCache | None = None,  # of the past tokens
+) -> tuple[Tensor, Tensor | None, Texts | None]:  # positions (B or 1, T); mask (B, past + T), None: no padding; None: each row is one text
+    "The positions of new tokens, the mask of real tokens, and the texts."
+    (B, T), past = h_BTD.shape[:2], 0 if cache is None else cache.length
+    keep_BS, before = _real_tokens(attention_mask, past, T), kept_positions(cache, past)
+    given = position_ids is not None or before is not None
+    position_ids = token_positions(T, max_seq_len, h_BTD.device, keep_BS, past, position_ids, before)
+    if not given and cache is None and keep_BS is None:
+        return position_ids, None, None
+    texts = Texts.of(position_ids, B, keep_BS, past, before, given)
+    check_holes(keep_BS, texts.first_BS)
+    return position_ids, keep_BS, texts
+
+# %% ../../nbs/model/13_hybrid.ipynb #943fb267
+def pad_maps(
+    maps: list[Tensor],  # (B, H, T, keys) of each layer, which may begin at its window
+    cache: HybridCache | None,  # which counts the new tokens already
+    T: int,  # new tokens
+) -> tuple[Tensor, ...]:  # (B, H, T, S) each
+    "The attention's probabilities over all keys: 0 for keys before a window."
+    S = T if cache is None else cache.length
+    return tuple(m if m.shape[-1] == S else F.pad(m, (S - m.shape[-1], 0)) for m in maps)
+
 # %% ../../nbs/model/13_hybrid.ipynb #9c528ee8
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
@@ -217,6 +249,7 @@ class HybridOutput(CausalLMOutputWithPast):
     token_loss: Tensor | None = None  # nats, without the gates' losses
     gates: Tensor | None = None  # (L, B or texts, 3): `gate_statistics` of each layer
 
+# %% ../../nbs/model/13_hybrid.ipynb #8e891dbd
 class HybridTrunk(DecoderPreTrainedModel):
     "A view of a language model without its head, which owns no weights: token ids to hidden states."
     config_class = HybridLanguageModelConfig
@@ -243,6 +276,7 @@ class HybridTrunk(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=out.hidden_states[-1], past_key_values=out.past_key_values,
                                        hidden_states=out.hidden_states if wanted else None, attentions=out.attentions)
 
+# %% ../../nbs/model/13_hybrid.ipynb #712d6d4f
 class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
     "A language model of hybrid blocks: token ids to next-token logits."
     config_class = HybridLanguageModelConfig
@@ -291,6 +325,41 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         if self.training and self.gradient_checkpointing:
             raise ValueError("gradient checkpointing computes each block twice, and a cache takes its tokens once: use_cache=False")
 
+    def _cache_to_extend(self, given: HybridCache | None, use_cache: bool | None) -> HybridCache | None:
+        "The given cache, checked; else a new one where one is wanted."
+        if given is not None:
+            self._check_cache(given)
+            return given
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        return HybridCache(self.shape) if wanted and not (self.training and self.gradient_checkpointing) else None
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:  # (B, T, D)
+        "The input of the first block: embeddings, in the precision of the matrix products under autocast, with dropout."
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if h_BTD.shape[1] == 0:
+            raise ValueError(f"input of shape {tuple(h_BTD.shape[:2])}: there is no token")
+        if torch.is_autocast_enabled(h_BTD.device.type):
+            h_BTD = h_BTD.to(torch.get_autocast_dtype(h_BTD.device.type))
+        return F.dropout(h_BTD, self.config.dropout, self.training)
+
+    def _losses(
+        self,
+        h_BTD: Tensor,  # after the last norm
+        target_BT: Tensor,  # token ids, -100 where there is none
+        gates_LB3: Tensor,  # `gate_statistics` of each layer
+        texts: Texts | None,
+        divisor: Tensor | int | None,  # of the summed loss; None: the number of targets
+    ) -> tuple[Tensor, Tensor]:  # nats a target
+        "The quantity to minimise, and the cross-entropy alone."
+        count_B = count_targets(target_BT, texts)
+        count = count_B.sum() if divisor is None else divisor
+        token_loss = head_loss(self.lm_head, h_BTD, target_BT) / count
+        if not self.training:
+            return token_loss, token_loss
+        return token_loss + gate_loss(gates_LB3, count_B / count, self.shape), token_loss.detach()
+
     @can_return_tuple
     def forward(
         self,
@@ -307,61 +376,36 @@ class HybridLanguageModel(DecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,  # 0: all positions
         **kwargs,  # shift_labels (B, T): token ids that are already targets; as a named argument, Trainer would require both labels
     ) -> HybridOutput:  # in training with labels, logits are None: the loss never holds them
-        config, shape = self.config, self.shape
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        (B, T), device = h_BTD.shape[:2], h_BTD.device
-        if T == 0:
-            raise ValueError(f"input of shape {tuple(h_BTD.shape[:2])}: there is no token")
+        config = self.config
+        h_BTD = self._embed(input_ids, inputs_embeds)
         maps = [] if wants_maps(config, output_attentions) else None
-        use_cache = config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = HybridCache(shape)
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
-        past = 0 if past_key_values is None else past_key_values.length
-        keep_BS, before = _real_tokens(attention_mask, past, T), kept_positions(past_key_values, past)
-        count = position_ids is not None or before is not None
-        position_ids = token_positions(T, config.max_seq_len, device, keep_BS, past, position_ids, before)
-        texts = None
-        if count or past_key_values is not None or keep_BS is not None:
-            texts = Texts.of(position_ids, B, keep_BS, past, before, count)
-            check_holes(keep_BS, texts.first_BS)
+        cache = self._cache_to_extend(past_key_values, use_cache)
+        position_ids, keep_BS, texts = place_tokens(h_BTD, config.max_seq_len, attention_mask, position_ids, cache)
         time = None if self.shared_srte is None else self.shared_srte(position_ids)
         rope = rope_table(position_ids, config.head_dim, config.rope_theta)
-        if torch.is_autocast_enabled(device.type):  # the residual stream in the precision of the matrix products
-            h_BTD = h_BTD.to(torch.get_autocast_dtype(device.type))
-        h_BTD = F.dropout(h_BTD, config.dropout, self.training)
-        states, every_gate = [h_BTD], []
+        states, each = [h_BTD], []
         for i, layer in enumerate(self.layers):
-            kept = None if past_key_values is None else past_key_values.states[i]
-            h_BTD, gate = layer(h_BTD, position_ids, time, rope, keep_BS, past=kept, implementation=config._attn_implementation,
+            h_BTD, gate = layer(h_BTD, position_ids, time, rope, keep_BS, past=None if cache is None else cache.states[i],
+                                implementation=config._attn_implementation,
                                 texts=None if texts is None or texts.text_BS is None else texts, maps=maps)
             states.append(h_BTD)
-            every_gate.append(gate)
-        if past_key_values is not None:
-            past_key_values.length += T
-            keep_positions(past_key_values, texts.position_BS)
+            each.append(gate)
+        if cache is not None:
+            cache.length += h_BTD.shape[1]
+            keep_positions(cache, texts.position_BS)
         states[-1] = h_BTD = self.norm(h_BTD)
 
-        gates, loss, token_loss, logits, shift_labels = torch.stack(every_gate), None, None, None, kwargs.get("shift_labels")
-        if labels is not None:
-            shift_labels = next_tokens(labels, texts)
-        if shift_labels is not None:
-            count_B = count_targets(shift_labels, texts)
-            divisor = count_B.sum() if num_items_in_batch is None else num_items_in_batch
-            token_loss = loss = head_loss(self.lm_head, h_BTD, shift_labels) / divisor
-            if self.training:
-                loss, token_loss = token_loss + gate_loss(gates, count_B / divisor, shape), token_loss.detach()
+        gates, loss, token_loss, logits = torch.stack(each), None, None, None
+        target_BT = kwargs.get("shift_labels") if labels is None else next_tokens(labels, texts)
+        if target_BT is not None:
+            loss, token_loss = self._losses(h_BTD, target_BT, gates, texts, num_items_in_batch)
         if not (self.training and loss is not None):
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(h_BTD[:, keep])
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        padded = None if maps is None else tuple(m if m.shape[-1] == past + T else F.pad(m, (past + T - m.shape[-1], 0)) for m in maps)
-        return HybridOutput(loss=loss, logits=logits, past_key_values=past_key_values, token_loss=token_loss, gates=gates.detach(),
-                            hidden_states=tuple(states) if output_hidden_states else None,
-                            attentions=padded)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(h_BTD[:, kept])
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return HybridOutput(loss=loss, logits=logits, past_key_values=cache, token_loss=token_loss, gates=gates.detach(),
+                            hidden_states=tuple(states) if wanted else None,
+                            attentions=None if maps is None else pad_maps(maps, cache, h_BTD.shape[1]))
 
 register_model(HybridLanguageModelConfig, HybridLanguageModel)
 

@@ -212,6 +212,7 @@ class ParameterStatistics(NamedTuple):
     frozen: int
     total: int
 
+# %% ../../nbs/model/01_orthogonal.ipynb #67b6b126
 def parameter_statistics(
     model: nn.Module,  # on any device, meta included
 ) -> ParameterStatistics:

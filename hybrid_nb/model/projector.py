@@ -39,6 +39,7 @@ def merge_heads(
         raise ConfigError(f"keys and values are (B, G, T, K) or (B, T, W), not {tuple(x.shape)}")
     return x if x.ndim == 3 else x.transpose(1, 2).flatten(2)
 
+# %% ../../nbs/model/14_projector.ipynb #d6924277
 def split_heads(
     x_BTW: Tensor,
     n_heads: int,  # G, a divisor of W
@@ -101,6 +102,7 @@ class Recommendation(NamedTuple):
     dropout: float
     reason: str
 
+# %% ../../nbs/model/14_projector.ipynb #240bd4c4
 def _billions(teacher: str | float) -> float:
     "Billions of parameters, given as a number or in a teacher's name."
     if isinstance(teacher, str):
@@ -150,6 +152,7 @@ def init_linear(
     INITS[method](layer.weight)
     nn.init.zeros_(layer.bias)
 
+# %% ../../nbs/model/14_projector.ipynb #7e5989ea
 class ElasticBottleneck(nn.Module):
     "A bottleneck of LayerNorm, Linear, SiLU, Dropout, Linear."
 
@@ -231,6 +234,7 @@ def layer_weights(
         return F.one_hot((place + 0.5).floor().long(), n_from).float()
     return (1 - (place[:, None] - torch.arange(n_from)).abs()).clamp(min=0).float()
 
+# %% ../../nbs/model/14_projector.ipynb #e3248ece
 def align_layers(
     kv: KV,
     n_layers: int,  # of the student
@@ -256,6 +260,7 @@ def head_weights(
     shared = torch.minimum(here[1:, None], there[1:]) - torch.maximum(here[:-1, None], there[:-1])
     return (shared.clamp(min=0) * n_to).float()
 
+# %% ../../nbs/model/14_projector.ipynb #c6c5d811
 def align_heads(
     x_BGTK: Tensor,
     n_heads: int,  # of the student
@@ -280,6 +285,7 @@ def position_weights(
     total = shared.sum(-1, keepdim=True)
     return shared / total.clamp(min=1), total[..., 0] > 0
 
+# %% ../../nbs/model/14_projector.ipynb #8fe5aeea
 def align_positions(
     kv: KV,  # keys before RoPE, or with RoPE undone
     weights: Tensor,  # (B, Ts, Tt), or (Ts, Tt)
@@ -495,6 +501,7 @@ class Migration(NamedTuple):
     projector: KVDimensionProjector
     rows: list[dict[str, Any]]  # by teacher and K or V: rank kept and needed, share of the matrix lost, error on samples
 
+# %% ../../nbs/model/14_projector.ipynb #ed312177
 def _split_identity(linear: nn.Linear, new: ElasticBottleneck) -> tuple[int, int, float]:
     "Write a linear map into a bottleneck; returns its rank, the rank kept, and the relative error of the matrix."
     u, s, vh = torch.linalg.svd(linear.weight.double(), full_matrices=False)

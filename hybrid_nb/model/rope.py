@@ -92,6 +92,7 @@ def yarn_frequencies(
     keep = 1 - ramp.clamp(0, 1)
     return 1.0 / (factor * (1.0 / f_K)) * (1 - keep) + f_K * keep
 
+# %% ../../nbs/model/03_rope.ipynb #e51243a2
 def yarn_scale(
     factor: float,  # s
 ) -> float:  # on cos and sin

@@ -662,6 +662,7 @@ def _scan_with(native: bool, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN, first
     ys, lasts, _ = zip(*(_scan(x, dt, A[:, s], B[..., s], C[..., s], state[..., s], first, keep, native) for s in parts), strict=True)
     return sum(ys[1:], ys[0]).to(x_BTE.dtype), lasts[0] if len(parts) == 1 else torch.cat(lasts, -1)
 
+# %% ../../nbs/model/05_ssm.ipynb #25ea8d90
 def selective_scan_chunked(
     x_BTE: Tensor,
     dt_BTE: Tensor,  # step sizes, > 0
@@ -674,6 +675,7 @@ def selective_scan_chunked(
     "The selective scan by chunks in PyTorch, on any device."
     return _scan_with(False, x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state_BEN, first_BT)
 
+# %% ../../nbs/model/05_ssm.ipynb #5d356a49
 def selective_scan(
     x_BTE: Tensor,
     dt_BTE: Tensor,  # step sizes, > 0

@@ -8,15 +8,11 @@ __all__ = ['config_table', 'parameter_table', 'plan_table', 'gpu_table', 'run_fo
 
 # %% ../../nbs/report/07_run.ipynb #e5759158
 import contextlib
-import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
-import IPython
 import pandas as pd
-from IPython.display import display
 
 from ..account.flops import flops_per_token, run_flops, run_tokens
 from ..account.memory import GIB, GPUS, plan_rows, total_memory
@@ -25,6 +21,7 @@ from ..account.plan import RunPlan
 from ..config.config import Config, asdict
 from .bundle import StoredRun, _round, as_results, bundle
 from .curves import _series, gate_table, headline, plot_curves, routing_table
+from .figure import LiveFigure
 from .monitors import alarm_table
 from .table import Table
 from .verdict import SUMMARY, verdict, verdict_table, way_percent
@@ -159,22 +156,14 @@ class LiveReport(ProgressLines):
         min_seconds: float = 2.0,  # between two redraws
     ):
         super().__init__()
-        self.min_seconds, self.due, self.handle = min_seconds, -math.inf, None
+        self.figure = LiveFigure(min_seconds)
 
     def tell(self, run):
         "Show what is new in a run."
-        if time.monotonic() >= self.due:
+        if self.figure.is_due():
             self.draw(run)
         super().tell(run)
 
     def draw(self, run):
         "Redraw the curves, where the process runs in a notebook."
-        if IPython.get_ipython() is None:
-            return
-        began, picture = time.monotonic(), plot_curves(run)
-        if self.handle is None:
-            self.handle = display(picture, display_id=True)
-        else:
-            self.handle.update(picture)
-        now = time.monotonic()
-        self.due = now + max(self.min_seconds, 50 * (now - began))
+        self.figure.draw(lambda: plot_curves(run))

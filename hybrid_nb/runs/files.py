@@ -37,6 +37,7 @@ def fsync_dir(path: Path):
     finally:
         os.close(fd)
 
+# %% ../../nbs/runs/04_files.ipynb #dbe578bb
 def no_links(path: str | Path, flags: int) -> int:  # file descriptor
     "Open an ordinary file, as the `opener` of `open`; refuse a link and, for writing, a file with a second hard link."
     try:
@@ -53,6 +54,7 @@ def no_links(path: str | Path, flags: int) -> int:  # file descriptor
         raise RunError(f"{path} {what}", BAD_DATA)
     return fd
 
+# %% ../../nbs/runs/04_files.ipynb #e2b20dd3
 def write_file(path: Path, data: bytes):
     "Write a new file durably."
     with open(path, "xb") as f:
@@ -60,6 +62,7 @@ def write_file(path: Path, data: bytes):
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/runs/04_files.ipynb #6c7cf7c0
 def replace_file(path: Path, data: bytes):
     "Replace a file atomically: readers see the old one or the new one."
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -70,14 +73,17 @@ def replace_file(path: Path, data: bytes):
     finally:
         temporary.unlink(missing_ok=True)
 
+# %% ../../nbs/runs/04_files.ipynb #5ffed021
 def write_json(path: Path, value: Any):
     "Replace a JSON file atomically, with secrets removed."
     replace_file(path, (json.dumps(scrub(value), indent=1, sort_keys=True) + "\n").encode())
 
+# %% ../../nbs/runs/04_files.ipynb #8faaeb9b
 def remove(path: Path):
     "Remove a file, a folder or a link, but not the target of a link."
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
+# %% ../../nbs/runs/04_files.ipynb #5175eeaa
 def size_text(size: float) -> str:  # of bytes
     "A size in a readable unit."
     unit = min(int(math.log2(max(size, 1))) // 10, 4)
@@ -137,6 +143,7 @@ def io_errors(what: str) -> Iterator[None]:
             raise
         raise RunError(f"{what}: {error}", IO) from error
 
+# %% ../../nbs/runs/04_files.ipynb #359b8161
 def check_space(folder: Path, need: int):  # bytes
     "Raise RunError where a disk has too little space or a folder cannot be written."
     with io_errors(f"cannot write to {folder}"):
@@ -156,6 +163,7 @@ def lock_owner(path: Path) -> str:
     with open(marker if marker.exists() else path, "rb", opener=no_links) as f:
         return f.readline(20).decode(errors="replace").strip() or "?"
 
+# %% ../../nbs/runs/04_files.ipynb #301d4f92
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     "Hold the lock of a run folder; RunError where another process holds it."

@@ -20,6 +20,7 @@ def lock_marker(path: Path) -> Path:
     "The marker file that replaces the lock of a file where there is no `flock`."
     return path.with_name(f"{path.name}.marker")
 
+# %% ../../nbs/runs/01_lock.ipynb #b6337d4f
 def take_lock(
     path: Path,
     wait: float = 0.0,  # seconds; negative: without limit
@@ -36,6 +37,7 @@ def take_lock(
                 raise
     return None
 
+# %% ../../nbs/runs/01_lock.ipynb #57fd072f
 def is_held(path: Path) -> bool:
     "True where a process holds a lock, or where that cannot be determined. False for a link: no lock is taken through one."
     if path.is_symlink() or not path.exists():
@@ -48,6 +50,7 @@ def is_held(path: Path) -> bool:
         lock.release()
     return lock is None
 
+# %% ../../nbs/runs/01_lock.ipynb #108c7df3
 @contextmanager
 def lock_held(path: Path) -> Iterator[None]:
     "Wait for a lock and hold it inside the context."

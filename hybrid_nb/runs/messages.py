@@ -29,6 +29,7 @@ def silence(stream):
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
+# %% ../../nbs/runs/03_messages.ipynb #73600190
 def say(text: str, name: str = "stdout"):
     "Print to a stream of this process; silent once its reader is gone."
     stream = getattr(sys, name)
@@ -38,10 +39,12 @@ def say(text: str, name: str = "stdout"):
     except OSError:
         silence(stream)
 
+# %% ../../nbs/runs/03_messages.ipynb #7cc20068
 def first_line(text: Any) -> str:
     "The first non-empty line of a message."
     return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
 
+# %% ../../nbs/runs/03_messages.ipynb #468f5023
 def foreseen(error: BaseException) -> tuple[str, int] | None:
     "One line and the exit code for an error caused by the user or the machine; None for any other."
     text = first_line(error)
@@ -54,6 +57,7 @@ def foreseen(error: BaseException) -> tuple[str, int] | None:
         return told, error.exit_code
     return (told, IO) if isinstance(error, OSError) else None
 
+# %% ../../nbs/runs/03_messages.ipynb #9c33d700
 def last_words(
     error: BaseException,  # the error that ends the program
     folder: Path | None = None,  # of the log; None, or not writable: the system's temporary folder
@@ -77,6 +81,7 @@ def last_words(
     told = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
     return clean(told) + (f" (unforeseen; the traceback is in {kept})" if kept else ""), code
 
+# %% ../../nbs/runs/03_messages.ipynb #d05cf7ce
 class Parser(argparse.ArgumentParser):
     "An argument parser that reports a wrong command line in one line."
 

@@ -24,16 +24,19 @@ def checkout() -> Path:
     "The folder that holds the package: the root of the repository where the package runs from a checkout."
     return Path(hybrid_nb.__file__).resolve().parent.parent
 
+# %% ../../nbs/runs/06_provenance.ipynb #eef9db0a
 def is_checkout() -> bool:
     "True where the package runs from a checkout; False for an installed package, which contains its pipelines."
     return shipped() == checkout() and (checkout() / "settings.ini").is_file()
 
+# %% ../../nbs/runs/06_provenance.ipynb #15563842
 def in_checkout(
     folder: str | Path,  # a relative path is taken from the checkout, or without one from the working folder
 ) -> Path:
     "The path of a folder, the same for notebooks and commands wherever they run."
     return (checkout() if is_checkout() else Path.cwd()) / folder
 
+# %% ../../nbs/runs/06_provenance.ipynb #eab33cf2
 def _git(*args: str) -> str | None:
     "The output of a git command in the checkout; None without a checkout, without git, or where a surrounding repository is not ours."
     if not is_checkout():
@@ -51,16 +54,19 @@ def code_state() -> dict[str, Any]:
     return {"commit": commit and commit.strip(), "dirty": None if diff is None else bool(diff),
             "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None}
 
+# %% ../../nbs/runs/06_provenance.ipynb #ed9fe4e4
 def lock_hash() -> str | None:
     "SHA-256 of constraints.txt, where the checkout has it."
     path = checkout() / "constraints.txt"
     return sha256_file(path) if is_checkout() and path.exists() else None
 
+# %% ../../nbs/runs/06_provenance.ipynb #04513892
 def versions() -> dict[str, str]:
     "Versions of Python and the libraries that a number depends on."
     names = ("torch", "numpy", "transformers", "tokenizers", "safetensors")
     return {"python": platform.python_version(), "hybrid_nb": hybrid_nb.__version__} | {n: metadata.version(n) for n in names}
 
+# %% ../../nbs/runs/06_provenance.ipynb #4d272d2c
 def machine() -> dict[str, Any]:
     "The CPU, its relevant instruction sets, and the operating system."
     info = Path("/proc/cpuinfo")

@@ -37,6 +37,7 @@ def check_name(name: str) -> str:
         raise RunError(f"name {name!r} is not 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit")
     return name
 
+# %% ../../nbs/runs/05_runs.ipynb #41a014ee
 def run_name(pipeline: str, config: Config) -> str:
     "The run name of a configuration: pipeline, preset, seed, and six digits of the configuration's hash."
     stem = re.sub(r"[^a-z0-9._-]+", "-", config.name.lower())
@@ -78,11 +79,13 @@ def _last_line(f) -> bytes:
             return lines[-2] if len(lines) > 1 else b""
         size *= 4
 
+# %% ../../nbs/runs/05_runs.ipynb #5b1f837b
 def append_record(folder: Path, kind: str, step: int, **values):
     "Append one record to a run's metrics."
     with open(folder / "metrics.jsonl", "ab+", opener=no_links) as f:
         f.write(_line(_last_line(f), {"kind": kind, "step": step, **scrub(values)}) + b"\n")
 
+# %% ../../nbs/runs/05_runs.ipynb #8353180b
 def read_records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     "The records of a run, of one kind or all; a line cut short by a kill is skipped."
     path, records, before = folder / "metrics.jsonl", [], b""
@@ -112,6 +115,7 @@ class Run:
         "Records of metrics.jsonl, of one kind or all."
         return read_records(self.path, kind)
 
+# %% ../../nbs/runs/05_runs.ipynb #f500dd55
 _NUMBER = int | float
 _INFO = {"name": str, "status": str, "error": str | None, "config": dict, "config_hash": str, "resolved": dict, "data": dict,
          "params": dict, "tokens_seen": _NUMBER, "duration_s": _NUMBER}  # the fields of run.json that every version has
@@ -128,6 +132,7 @@ def read_info(path: Path) -> dict[str, Any]:
             raise RunError(f"{path} is damaged: {name} is {str(info[name])[:80]}", BAD_DATA)
     return info
 
+# %% ../../nbs/runs/05_runs.ipynb #f0df1259
 def load_run(path: str | Path) -> Run:
     "The run in a folder; interrupted where its process is gone without having written how it ended."
     path = Path(path)

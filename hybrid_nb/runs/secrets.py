@@ -100,6 +100,7 @@ def hide_secrets(
             text = pattern.sub(instead, text)
     return text
 
+# %% ../../nbs/runs/02_secrets.ipynb #546857c0
 def scrub(
     value: Any,  # what JSON can hold
     values: frozenset[str] | None = None,  # the secrets; None: those of the environment

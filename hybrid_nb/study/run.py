@@ -6,19 +6,17 @@
 __all__ = ['study', 'LiveStudy']
 
 # %% ../../nbs/study/08_run.ipynb #edf4b641
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import IPython
 import torch
-from IPython.display import display
 
 from ..config.config import Config
 from ..config.errors import BAD_DATA, ConfigError, RunError, closest
+from ..report.figure import LiveFigure
 from ..runs.provenance import in_checkout
 from ..runs.runs import claim_folder, load_run
 from .compare import outcome
@@ -111,7 +109,7 @@ class LiveStudy:
         self,
         min_seconds: float = 5.0,  # minimum time between two drawings
     ):
-        self.min_seconds, self.seen, self.ended, self.due, self.handle = min_seconds, {}, set(), -math.inf, None
+        self.figure, self.seen, self.ended = LiveFigure(min_seconds), {}, set()
         self.said = time.monotonic()  # when the last line was printed
 
     def __call__(self, folder: Path, read: Callable[[], Study]):
@@ -129,17 +127,9 @@ class LiveStudy:
         if state in ("diverged", "failed") and folder not in self.ended:
             self.ended.add(folder)
             print(f"{folder.name}: {state}: {why}", flush=True)
-        if time.monotonic() >= self.due:
+        if self.figure.is_due():
             self.draw(read())
 
     def draw(self, study: Study):
         "Draw the learning curves if running in a notebook."
-        if IPython.get_ipython() is None:
-            return
-        began, picture = time.monotonic(), plot_ppl(study)
-        if self.handle is None:
-            self.handle = display(picture, display_id=True)
-        else:
-            self.handle.update(picture)
-        now = time.monotonic()
-        self.due = now + max(self.min_seconds, 50 * (now - began))
+        self.figure.draw(lambda: plot_ppl(study))
