@@ -37,6 +37,7 @@ from ..model.attention import LocalGlobalAttention, attend_window, window_mask
 from ..model.hybrid import HybridBlock
 from ..model.rope import rope_table
 from ..model.ssm import CHUNK, MambaMixer, scan_kernel, selective_scan, selective_scan_chunked, selective_scan_reference
+from ..report.bundle import FAILS, HOLDS, NOT_SHOWN
 from ..report.figure import BLUE, RED, Curve, Picture, draw_curves, name_ends
 from ..train.timing import BenchmarkCase, allocated, make_step, time_interleaved
 
@@ -119,7 +120,7 @@ def judge(table: pd.DataFrame) -> dict[str, Any]:
     for shape, row in best.iterrows():
         headline |= {f"{shape} tokens/s": float(row.tokens_per_s), f"{shape} of best peer": float(row.ratio_to_best_peer),
                      f"{shape} of fp32 default": float(row.ratio_to_default), f"{shape} MFU": float(row.mfu)}
-    return {"verdict": "PASS" if passed else "FAIL", "headline": headline}
+    return {"verdict": HOLDS if passed else FAILS, "headline": headline}
 
 def plot_speed(table: pd.DataFrame) -> Figure:
     "Bar chart of tokens/s by model, ours in colour."
@@ -418,7 +419,7 @@ class Aim(NamedTuple):
         if self.limit is None:
             return {"aim": self.aim, "limit": "", "measured": f"{self.measured:.3g}", "verdict": ""}
         return {"aim": self.aim, "limit": f"{self.bound} {self.limit:g}", "measured": f"{self.measured:.3g}",
-                "verdict": "PASS" if self.holds else "FAIL"}
+                "verdict": HOLDS if self.holds else FAILS}
 
 def list_aims(
     scans: pd.DataFrame,  # from `compare_scans`
@@ -449,8 +450,8 @@ def list_aims(
                     Aim("counting on the meta device: seconds", "<=", COUNT_SECONDS, built.seconds),
                     Aim("counting on the meta device: growth, MB", "<=", COUNT_MB, built.growth_mb)]
 
-def judge_aims(aims: list[Aim], scale: Scale) -> str:  # PASS, FAIL or INCONCLUSIVE
-    "PASS where all limits are kept, else FAIL; INCONCLUSIVE at sizes other than `full`."
+def judge_aims(aims: list[Aim], scale: Scale) -> str:
+    "The verdict that all limits are kept, which is shown at the sizes of `full` only."
     if replace(scale, rounds=SCALES["full"].rounds) != SCALES["full"]:
-        return "INCONCLUSIVE"
-    return "PASS" if all(aim.holds for aim in aims if aim.limit is not None) else "FAIL"
+        return NOT_SHOWN
+    return HOLDS if all(aim.holds for aim in aims if aim.limit is not None) else FAILS

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'TARGETS', 'RANK', 'NOISE', 'ACTIVATIONS', 'RIDGES', 'SIZES', 'RATIOS', 'NORMED', 'LONGER', 'DROPOUTS',
-           'FACTOR', 'STATED_LOSS', 'STATED_STEPS', 'STATED_SPEED', 'COLORS', 'VIEWS', 'SCHEMA', 'teacher_vectors',
+           'FACTOR', 'STATED_LOSS', 'STATED_STEPS', 'STATED_SPEED', 'COLORS', 'VIEWS', 'EXPERIMENT', 'teacher_vectors',
            'Task', 'ProjectorRun', 'Scale', 'make_adapter', 'train_fit', 'best_linear', 'Sizes', 'experiments',
-           'run_part', 'step_costs', 'Claim', 'within_factor', 'adapter_size', 'parameter_claims', 'converged',
-           'explained', 'Records', 'converged_at', 'stated_claims', 'part_claims', 'unseen_claims', 'all_claims',
-           'arms_table', 'costs_table', 'claims_table', 'draw_losses', 'plot_losses', 'draw_norms', 'plot_norms',
-           'draw_unseen', 'plot_unseen', 'bundle', 'stored_claims', 'recompute']
+           'run_part', 'step_costs', 'within_factor', 'over_seeds', 'judge', 'claims_table', 'adapter_size',
+           'parameter_findings', 'converged', 'explained', 'Records', 'converged_at', 'stated_findings',
+           'part_findings', 'unseen_findings', 'Outcome', 'findings', 'arms_table', 'costs_table', 'draw_losses',
+           'plot_losses', 'draw_norms', 'plot_norms', 'draw_unseen', 'plot_unseen', 'pack', 'unpack', 'headline',
+           'measured']
 
 # %% ../../nbs/experiments/09_projector.ipynb #afc128a3
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +27,12 @@ from torch import Tensor, nn
 
 from ..config.errors import ConfigError, closest
 from ..model.projector import ElasticBottleneck, init_linear
-from ..report.bundle import as_results, check_bundle
+from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, _round
 from ..report.figure import BLUE, GREY, RED, Curve, Picture, Row, draw_curves, draw_dots, name_ends, panel
 from ..report.table import Table
-from ..study.findings import judge_region
-from ..study.stats import ALPHA, t_interval
+from ..study.experiment import Experiment
+from ..study.findings import Finding, Span, judge_region
+from ..study.stats import t_interval
 from ..train.timing import allocated, find_device, time_interleaved
 
 # %% ../../nbs/experiments/09_projector.ipynb #a5a9cce5
@@ -258,46 +261,43 @@ def step_costs(
 # %% ../../nbs/experiments/09_projector.ipynb #8626b105
 FACTOR = 1.5  # in either direction, for a loss or a number of steps
 
-class Claim(NamedTuple):
-    "A claim of the document, the region in which its number must lie, and the measured values."
-    part: str
-    statement: str
-    stated: str
-    values: tuple[float, ...]  # one per seed; a single one where the figure is deterministic
-    low: float = -math.inf
-    high: float = math.inf
-    form: str = "{:.3g}"
-    exact: bool = False  # the figure is deterministic
-    counts: bool = True  # measured at a size that decides
-
-    @property
-    def interval(self) -> tuple[float, float, float] | None:
-        "Mean with both ends; None for a single value of a figure that varies."
-        if self.exact:
-            return (self.values[0],) * 3
-        if len(self.values) < 2:
-            return None
-        mean, _, low, high = map(float, t_interval(self.values, ALPHA))
-        return mean, low, high
-
-    @property
-    def verdict(self) -> str:
-        "PASS, FAIL or INCONCLUSIVE."
-        return judge_region(*self.interval[1:], self.low, self.high) if self.interval and self.counts else "INCONCLUSIVE"
-
-    def row(self) -> dict[str, str]:
-        "Row of a table."
-        measured = self.form.format(float(np.mean(self.values)))
-        if self.interval and not self.exact:
-            measured += f" ({self.form.format(self.interval[1])} to {self.form.format(self.interval[2])})"
-        ends = [self.form.format(e) for e in (self.low, self.high)]
-        region = (f"above {ends[0]}" if math.isinf(self.high) else f"below {ends[1]}" if math.isinf(self.low) else " to ".join(ends))
-        return {"part": self.part, "claim": self.statement, "stated": self.stated, "holds if": region, "measured": measured,
-                "verdict": self.verdict}
-
 def within_factor(stated: float, factor: float = FACTOR) -> dict[str, float]:
     "Region within a factor of a stated number."
     return {"low": stated / factor, "high": stated * factor}
+
+def over_seeds(values: Sequence[float]) -> Span:
+    "Mean of at least two numbers, with its interval."
+    mean, _, low, high = map(float, t_interval(values))
+    return Span(mean, low, high)
+
+def judge(
+    part: str,
+    statement: str,
+    stated: str,  # by the document
+    values: Sequence[float],  # one per seed; a single one where the figure is deterministic
+    low: float = -math.inf,  # of the region in which the claim holds
+    high: float = math.inf,
+    form: str = "{:.3g}",
+    exact: bool = False,  # the figure is deterministic
+) -> Finding:
+    "The finding on a claim that a number lies in a region."
+    span, says = None, form.format(float(np.mean(values)))
+    if exact:
+        span = Span(*[values[0]] * 3)
+    elif len(values) > 1:
+        span = over_seeds(values)
+        says += f" ({form.format(span.low)} to {form.format(span.high)})"
+    first, last = form.format(low), form.format(high)
+    region = f"above {first}" if math.isinf(high) else f"below {last}" if math.isinf(low) else f"{first} to {last}"
+    word = judge_region(span.low, span.high, low, high) if span else NOT_SHOWN
+    refuted = f"{part}, {statement}: stated {stated}, measured {says}"
+    return Finding(part, statement, region, says, word, stated=stated, because=(refuted,) * (word == FAILS))
+
+# %% ../../nbs/experiments/09_projector.ipynb #380e390c
+def claims_table(found: Iterable[Finding]) -> Table:
+    "Stated and measured values and verdicts."
+    return Table([{"part": f.name, "claim": f.statement, "stated": f.stated, "holds if": f.criterion, "measured": f.measured,
+                   "verdict": f.verdict} for f in found if f.statement])
 
 # %% ../../nbs/experiments/09_projector.ipynb #26437b60
 def adapter_size(
@@ -308,13 +308,13 @@ def adapter_size(
     "Weights of one adapter, counted as in the document, without biases and LayerNorm."
     return d_teacher * d_student if ratio is None else int(d_teacher * ratio) * (d_teacher + d_student)
 
-def _million(statement: str, stated: str, count: int) -> Claim:
-    "Claim that a count rounds to a stated number of millions."
+def _million(statement: str, stated: str, count: int) -> Finding:
+    "Finding on a claim that a count rounds to a stated number of millions."
     value, digit = float(stated), 0.5 * 10.0 ** -len(stated.partition(".")[2])
-    return Claim("parameters", statement, f"{stated} M", (count / 1e6,), value - digit, value + digit, "{:.4g} M", True)
+    return judge("parameters", statement, f"{stated} M", (count / 1e6,), value - digit, value + digit, "{:.4g} M", exact=True)
 
-def parameter_claims() -> list[Claim]:
-    "Claims on the numbers of parameters."
+def parameter_findings() -> list[Finding]:
+    "Findings on the numbers of parameters."
     counts = {name: adapter_size(5120, 1536, fit.ratio) for name, fit in RATIOS.items()}
     found = [_million(f"5,120 to 1,536, {name}: weights of one adapter", stated, counts[name])
              for name, stated in zip(counts, ("7.9", "17", "34", "68"), strict=True)]
@@ -325,7 +325,7 @@ def parameter_claims() -> list[Claim]:
     for plan, stated, shape in plans:
         found.append(_million(f"plan {plan}: weights per teacher, K and V", stated, 2 * adapter_size(*shape)))
     growth = whole / (counts["linear"] + 1536)
-    return found + [Claim("parameters", "memory of 1.0x over linear: weights, gradients, moments", "4", (growth,), **within_factor(4, 1.2),
+    return found + [judge("parameters", "memory of 1.0x over linear: weights, gradients, moments", "4", (growth,), **within_factor(4, 1.2),
                           exact=True)]
 
 # %% ../../nbs/experiments/09_projector.ipynb #74b643c3
@@ -373,73 +373,86 @@ def converged_at(record: dict[str, Any]) -> int:
     "First step of a record at which nine tenths of the fall of its loss are reached."
     return converged(record["losses"])
 
-def stated_claims(table: Records, costs: list[dict[str, Any]]) -> list[Claim]:
-    "Claims of the document's benchmark and its conclusions."
-    found = [Claim("benchmark", f"{arm}: loss after 40 steps", f"{loss:g}", table.values("stated", arm, "loss"), **within_factor(loss))
+def stated_findings(table: Records, costs: list[dict[str, Any]]) -> list[Finding]:
+    "Findings on the claims of the document's benchmark and its conclusions."
+    found = [judge("benchmark", f"{arm}: loss after 40 steps", f"{loss:g}", table.values("stated", arm, "loss"), **within_factor(loss))
              for arm, loss in STATED_LOSS.items()]
-    found.append(Claim("benchmark", "linear at its former rate, 1e-4: loss after 40 steps", "6.09",
+    found.append(judge("benchmark", "linear at its former rate, 1e-4: loss after 40 steps", "6.09",
                        table.values("stated", "linear at 1e-4, Qwen-14B", "loss"), **within_factor(6.09)))
     counts = {arm: table.values("stated", arm, converged_at) for arm in STATED_STEPS}
-    found += [Claim("benchmark", f"{arm}: steps to converge", f"{steps}" + "+" * (arm == "linear"), counts[arm],
+    found += [judge("benchmark", f"{arm}: steps to converge", f"{steps}" + "+" * (arm == "linear"), counts[arm],
                     **({"low": steps - 1} if arm == "linear" else within_factor(steps))) for arm, steps in STATED_STEPS.items()]
-    found.append(Claim("benchmark", "upgrade converges 2 to 3 times as fast: steps of linear at 1e-4 over those of 1.0x at 1e-3", "2 to 3",
+    found.append(judge("benchmark", "upgrade converges 2 to 3 times as fast: steps of linear at 1e-4 over those of 1.0x at 1e-3", "2 to 3",
                        table.ratio("stated", "linear at 1e-4, Qwen-14B", "1.0x", converged_at), 2.0, 3.0))
-    found += [Claim("benchmark", f"{arm} beats linear, both at 1e-3: ratio of losses", "below 1", table.ratio("stated", arm, "linear"),
+    found += [judge("benchmark", f"{arm} beats linear, both at 1e-3: ratio of losses", "below 1", table.ratio("stated", arm, "linear"),
                     high=1.0) for arm in ("0.5x", "1.0x", "2.0x")]
-    found.append(Claim("benchmark", "upgrade lowers the loss by 80 to 95 %, or more: 1.0x at 1e-3 over linear at 1e-4", "0.05 to 0.2",
+    found.append(judge("benchmark", "upgrade lowers the loss by 80 to 95 %, or more: 1.0x at 1e-3 over linear at 1e-4", "0.05 to 0.2",
                        table.ratio("stated", "1.0x", "linear at 1e-4, Qwen-14B"), high=0.2))
     seconds = {row["arm"]: np.array(row["seconds"]) for row in costs}
     for what, power in (("time of a step", 1), ("steps a second", -1)):
         ratios = {arm: tuple(((seconds[arm] / seconds["linear"]) ** power).tolist()) for arm in STATED_SPEED}
-        found += [Claim("speed", f"{arm}: {what} over linear's", f"{stated:g}", ratios[arm], **within_factor(stated, 1.2))
+        found += [judge("speed", f"{arm}: {what} over linear's", f"{stated:g}", ratios[arm], **within_factor(stated, 1.2))
                   for arm, stated in STATED_SPEED.items()]
     return found
 
-def part_claims(table: Records) -> list[Claim]:
-    "Claims on LayerNorm, activations and initialisation."
+def part_findings(table: Records) -> list[Finding]:
+    "Findings on the claims on LayerNorm, activations and initialisation."
     found = []
     for teacher in TEACHERS:
         arm = f"no LayerNorm, {teacher}"
-        found += [Claim("LayerNorm", f"{teacher}: loss without it after 40 steps", "6.09", table.values("stated", arm, "loss"),
+        found += [judge("LayerNorm", f"{teacher}: loss without it after 40 steps", "6.09", table.values("stated", arm, "loss"),
                         **within_factor(6.09)),
-                  Claim("LayerNorm", f"{teacher}: loss without it over loss with it", "10", table.ratio("stated", arm, "1.0x"),
+                  judge("LayerNorm", f"{teacher}: loss without it over loss with it", "10", table.ratio("stated", arm, "1.0x"),
                         low=10 / FACTOR)]
-    found += [Claim("activation", f"SiLU converges faster than {act}: ratio of losses", "below 1",
+    found += [judge("activation", f"SiLU converges faster than {act}: ratio of losses", "below 1",
                     table.ratio("parts", "SiLU, xavier", act), high=1.0) for act in ("GELU", "ReLU")]
-    found.append(Claim("activation", "ReLU: share of hidden units without gradient", "above 0", table.values("parts", "ReLU", "dead"),
+    found.append(judge("activation", "ReLU: share of hidden units without gradient", "above 0", table.values("parts", "ReLU", "dead"),
                        low=0.0, form="{:.2%}"))
-    found.append(Claim("start", "kaiming converges a little faster than xavier: ratio of losses", "below 1",
+    found.append(judge("start", "kaiming converges a little faster than xavier: ratio of losses", "below 1",
                        table.ratio("parts", "kaiming", "SiLU, xavier"), high=1.0))
     return found
 
 # %% ../../nbs/experiments/09_projector.ipynb #c335eb7f
-def unseen_claims(table: Records) -> list[Claim]:
-    "Claims on held-out positions."
-    found = [Claim("held out", f"{arm}, random targets: nothing is explained, as nothing can be", "not asked",
+def unseen_findings(table: Records) -> list[Finding]:
+    "Findings on the claims on held-out positions."
+    found = [judge("held out", f"{arm}, random targets: nothing is explained, as nothing can be", "not asked",
                    table.values("relation", f"{arm}, random", explained), high=0.01, form="{:+.2f}") for arm in RATIOS]
     for kind, says in (("linear", "a linear relation"), ("nonlinear", "a nonlinear one")):
         pairs = [(arm, "linear") for arm in ("0.5x", "1.0x", "2.0x")] + [("1.0x", "normed linear"), ("1.0x", "best linear")]
-        found += [Claim("held out", f"{arm} beats {base} on {says}: ratio of errors", "below 1",
+        found += [judge("held out", f"{arm} beats {base} on {says}: ratio of errors", "below 1",
                         table.ratio("relation", f"{arm}, {kind}, fresh", f"{base}, {kind}, fresh", "held_out"), high=1.0)
                   for arm, base in pairs]
-    found += [Claim("held out", f"1.0x beats {base} on a nonlinear one, {LONGER} times the steps: ratio of errors", "below 1",
+    found += [judge("held out", f"1.0x beats {base} on a nonlinear one, {LONGER} times the steps: ratio of errors", "below 1",
                     table.ratio("relation", "1.0x, nonlinear, fresh, longer", f"{base}, nonlinear, fresh, longer", "held_out"),
                     high=1.0) for base in ("linear", "normed linear")]
-    found += [Claim("held out", f"LayerNorm helps with {t}, nonlinear relation: error without over with", "above 1",
+    found += [judge("held out", f"LayerNorm helps with {t}, nonlinear relation: error without over with", "above 1",
                     table.ratio("relation", f"no LayerNorm, {t}", "1.0x, nonlinear, fresh", "held_out"), low=1.0)
               for t in TEACHERS]
-    return found + [Claim("dropout", f"dropout {p:g} helps with 256 positions: error on held-out ones over that without dropout", "below 1",
+    return found + [judge("dropout", f"dropout {p:g} helps with 256 positions: error on held-out ones over that without dropout", "below 1",
                           table.ratio("dropout", f"{p:g}", "0", "held_out"), high=1.0) for p in DROPOUTS[1:]]
 
-def all_claims(
-    records: Iterable[dict[str, Any]],  # of all parts
-    costs: list[dict[str, Any]],  # from `step_costs`
-    full: bool = True,  # measured at the document's size
-) -> list[Claim]:
-    "Every claim with its measurement."
-    table = Records(records)
-    claims = parameter_claims() + stated_claims(table, costs) + part_claims(table) + unseen_claims(table)
-    return [claim._replace(counts=full or claim.exact) for claim in claims]
+# %% ../../nbs/experiments/09_projector.ipynb #e3689d8a
+@dataclass(frozen=True)
+class Outcome:
+    "The trainings and timings of a report."
+    sizes: Sizes
+    records: list[dict[str, Any]]  # of all parts
+    costs: list[dict[str, Any]]  # from `step_costs`
+    info: dict[str, Any]  # of the machine
+
+    @property
+    def full(self) -> bool:
+        "True where stated figures are measured at the document's size."
+        return self.sizes.stated == SIZES["full"].stated
+
+def findings(o: Outcome) -> list[Finding]:
+    "A finding for each claim; at sizes other than the document's only counts are judged, and they do not decide."
+    table, counts = Records(o.records), parameter_findings()
+    found = stated_findings(table, o.costs) + part_findings(table) + unseen_findings(table)
+    if o.full:
+        return counts + found
+    remark = Finding("", "", "", f"{o.sizes.name} sizes decide nothing of what is stated for 5,120 to 1,536", "", decides=False)
+    return [remark, *(replace(f, decides=False) for f in counts), *(replace(f, verdict=NOT_SHOWN, because=()) for f in found)]
 
 # %% ../../nbs/experiments/09_projector.ipynb #6811accb
 def arms_table(
@@ -472,10 +485,6 @@ def costs_table(costs: list[dict[str, Any]]) -> Table:
                      "state (MiB)": r["state"] / 2**20, "peak (MiB)": r["peak"] / 2**20, "peak over linear": r["peak"] / first["peak"]})
     return Table(rows, {"parameters": "{:,}", "seconds a step": "{:.4f}", "over linear": "{:.2f}", "state (MiB)": "{:.1f}",
                         "peak (MiB)": "{:.1f}", "peak over linear": "{:.2f}"})
-
-def claims_table(claims: Sequence[Claim], part: str = "") -> Table:
-    "Stated and measured values and verdicts, of one part or all."
-    return Table([c.row() for c in claims if part in ("", c.part)])
 
 # %% ../../nbs/experiments/09_projector.ipynb #4b96b278
 COLORS = {"linear": GREY, "normed linear": "#cc79a7", "0.5x": "#e69f00", "1.0x": BLUE, "2.0x": "#009e73"}
@@ -545,47 +554,49 @@ def plot_unseen(table: Records) -> Picture:
     return Picture(draw_unseen(table), "; ".join(says))
 
 # %% ../../nbs/experiments/09_projector.ipynb #250765ab
-SCHEMA = 1  # version of the bundle
-
-def _short(value: Any) -> Any:
-    "Round to six significant digits; values that are not finite become None."
-    if isinstance(value, dict):
-        return {k: _short(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_short(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
-
-def bundle(
-    sizes: Sizes,
-    records: list[dict[str, Any]],  # of all parts
-    costs: list[dict[str, Any]],
-    info: dict[str, Any],  # of the machine
-) -> dict[str, Any]:  # JSON-serialisable
+def pack(o: Outcome) -> dict[str, Any]:  # JSON-serialisable
     "Records and costs that a report stores."
-    scales = {"stated": asdict(sizes.stated), "parts": asdict(sizes.parts)}
-    return {"schema": SCHEMA, "kind": "projector", "size": sizes.name, "scales": scales,
-            "info": info, "records": _short(records), "costs": _short(costs)}
+    scales = {"stated": asdict(o.sizes.stated), "parts": asdict(o.sizes.parts)}
+    return {"size": o.sizes.name, "scales": scales, "info": o.info, "records": _round(o.records), "costs": _round(o.costs)}
 
-def stored_claims(stored: dict[str, Any]) -> list[Claim]:
-    "Claims with their measurements from a bundle."
-    full = stored["scales"]["stated"] == asdict(SIZES["full"].stated)
-    return all_claims(stored["records"], stored["costs"], full)
+def unpack(stored: dict[str, Any]) -> Outcome:
+    "Records and costs from what a report stores."
+    scales = {name: Scale(**scale) for name, scale in stored["scales"].items()}
+    return Outcome(Sizes(stored["size"], **scales), *(stored[name] for name in ("records", "costs", "info")))
 
-def recompute(stored: dict[str, Any]) -> dict[str, Any]:  # JSON-serialisable
-    "Headline, verdict and tables from a bundle alone."
-    check_bundle(stored, "projector", SCHEMA)
-    table, claims = Records(stored["records"]), stored_claims(stored)
-    words = [c.verdict for c in claims]
-    count = {word: words.count(word) for word in ("PASS", "FAIL", "INCONCLUSIVE")}
-    full = all(c.counts for c in claims)
-    word = "INCONCLUSIVE" if not full else "FAIL" if count["FAIL"] else "INCONCLUSIVE" if count["INCONCLUSIVE"] else "PASS"
-    because = [] if full else [f"{stored['size']} sizes decide nothing of what is stated for 5,120 to 1,536"]
-    because += [f"{c.part}, {c.statement}: stated {c.stated}, measured {c.row()['measured']}" for c in claims if c.verdict == "FAIL"]
-    headline = {"claims held": count["PASS"], "claims refuted": count["FAIL"], "undecided": count["INCONCLUSIVE"],
-                "seeds": len(table.by["stated", "linear"])}
-    headline |= {f"loss, {arm}": float(f"{np.mean(table.values('stated', arm, 'loss')):.4g}") for arm in RATIOS}
-    tables = {part: arms_table(table, part) for part in experiments()}
-    tables |= {"costs": costs_table(stored["costs"]), "claims": claims_table(claims)}
-    return as_results(headline, {"verdict": word, "because": because}, tables)
+def headline(o: Outcome) -> dict[str, Any]:
+    "The numbers of claims by verdict and of seeds, and the losses of the benchmark."
+    words, table = Counter(f.verdict for f in findings(o) if f.verdict), Records(o.records)
+    counts = {"claims held": words[HOLDS], "claims refuted": words[FAILS], "undecided": words[NOT_SHOWN]}
+    losses = {arm: table.values("stated", arm, "loss") for arm in RATIOS}
+    return counts | {"seeds": len(losses["linear"])} | {f"loss, {arm}": float(f"{np.mean(x):.4g}") for arm, x in losses.items()}
+
+# %% ../../nbs/experiments/09_projector.ipynb #eafc4251
+def measured(o: Outcome) -> dict[str, tuple[Span, str]]:
+    "Losses, steps and speeds of the projectors, over at least two seeds at the document's own size."
+    table, old, bare = Records(o.records), "linear at 1e-4, Qwen-14B", "no LayerNorm, Qwen-14B"
+    seeds, narrow = len(table.values("stated", "linear", "loss")), SIZES["full"].parts
+    if not o.full or seeds < 2:
+        return {}
+    stated = {f"loss_{arm}": table.values("stated", arm, "loss") for arm in RATIOS}
+    stated |= {f"steps_{arm}": table.values("stated", arm, converged_at) for arm in RATIOS}
+    stated |= {"loss_without_norm": table.values("stated", bare, "loss"), "without_over_with_norm": table.ratio("stated", bare, "1.0x"),
+               "lowered": [100 * (1 - x) for x in table.ratio("stated", "1.0x", old)],
+               "linear_over_mlp": table.ratio("stated", "linear", "1.0x"), "loss_old": table.values("stated", old, "loss"),
+               "steps_old": table.values("stated", old, converged_at), "sooner": table.ratio("stated", old, "1.0x", converged_at)}
+    parts = {"gelu_over_silu": table.ratio("parts", "GELU", "SiLU, xavier"), "relu_over_silu": table.ratio("parts", "ReLU", "SiLU, xavier"),
+             "gelu_steps": table.ratio("parts", "GELU", "SiLU, xavier", converged_at),
+             "kaiming_steps": table.ratio("parts", "kaiming", "SiLU, xavier", converged_at),
+             "dead_relu": [100 * x for x in table.values("parts", "ReLU", "dead")]}
+    seconds = {row["arm"]: float(np.median(row["seconds"])) for row in o.costs}
+    spans = {name: over_seeds(values) for name, values in stated.items()}
+    spans |= {f"time_{arm}": Span(*[s / seconds["linear"]] * 3) for arm, s in seconds.items()}
+    spans |= {f"speed_{arm}": Span(*[seconds["linear"] / s] * 3) for arm, s in seconds.items()}
+    found = {name: (span, f"5,120 to 1,536, {seeds} seeds") for name, span in spans.items()}
+    scale = f"{narrow.d_teacher:,} to {narrow.d_student:,}, {seeds} seeds"
+    return found | {name: (over_seeds(values), scale) for name, values in parts.items()}
+
+EXPERIMENT = Experiment(
+    "projector", pack, unpack, findings, headline, measured=measured,
+    tables=lambda o: {part: arms_table(Records(o.records), part) for part in experiments()}
+    | {"costs": costs_table(o.costs), "claims": claims_table(findings(o))})

@@ -195,7 +195,8 @@ def name_ends(figure: Figure):
         style_panel(ax)
         ends = {}
         for line in (line for line in ax.lines if not str(line.get_label()).startswith("_")):
-            points = [p for p in np.asarray(line.get_xydata()).tolist() if math.isfinite(p[1])] or [ax.transData.inverted().transform(ax.bbox.max)]
+            top = ax.transData.inverted().transform(ax.bbox.max)
+            points = [p for p in np.asarray(line.get_xydata()).tolist() if math.isfinite(p[1])] or [top]
             ends[line] = ax.transAxes.inverted().transform(ax.transData.transform(points[-1]))[1]
         height = ax.bbox.height * 72 / figure.dpi  # points
         size = min(9, height / (1.3 * max(1, len(ends))))
