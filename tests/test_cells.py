@@ -83,7 +83,7 @@ CROWDED: dict[str, int] = {
     "experiments/04_qk_freeze": 9,
     "experiments/05_distill": 5,
     "experiments/06_context": 7,
-    "experiments/07_finetune": 5,
+    "experiments/07_finetune": 4,
     "experiments/08_parallel": 3,
     "experiments/09_projector": 13,
     "experiments/10_qk_speed": 5,

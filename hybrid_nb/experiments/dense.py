@@ -478,6 +478,7 @@ def judge_stages(
     return judge_pairs(name, statement, f"interval of d below {f'{high:.4f} nats' if high else 0}", said,
                        lambda ends: judge_region(*ends, high=high), d, plan.alpha, lost, decides=decides)
 
+# %% ../../nbs/experiments/12_dense.ipynb #c874b945
 def findings(c: Conversion) -> list[Finding]:
     "Findings on the three statements."
     margin = c.study.plan.margin
@@ -522,6 +523,7 @@ def stages_table(c: Conversion) -> Table:
     formats = {"parameters": "{:,}", "nats a token": "{:.4f}", "PPL": "{:.4g}", "left of the variance": "{:.1%}"}
     return Table(rows, formats | dict.fromkeys(("d (nats)", "from", "to"), "{:+.4f}"))
 
+# %% ../../nbs/experiments/12_dense.ipynb #d67bb0b3
 def seeds_table(c: Conversion) -> Table:
     "Loss of each stage, by seed."
     rows = [{"seed": seed} | {name: c.losses(name).get(seed) for name in c.names} for seed in sorted(c.stages)]
