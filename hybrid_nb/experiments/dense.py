@@ -6,7 +6,7 @@
 __all__ = ['EXPERTS', 'SHARED', 'CONCATENATED', 'LEAST_SQUARES', 'REGRESSED', 'DENSE', 'STAGES', 'EXPERIMENT', 'dense_shape',
            'activations', 'expert_weights', 'concatenate_experts', 'concatenate_model', 'refit_down', 'layer_errors',
            'Distilled', 'distill_dense', 'distill_run', 'check_fit', 'study_arms', 'Conversion', 'time_serving',
-           'convert', 'judge_stages', 'findings', 'draw_stages', 'plot_stages', 'measured', 'shapes_table',
+           'convert', 'judge_stages', 'draw_stages', 'plot_stages', 'findings', 'measured', 'shapes_table',
            'stages_table', 'seeds_table', 'layers_table', 'serving_table', 'pack', 'unpack', 'headline']
 
 # %% ../../nbs/experiments/12_dense.ipynb #4dcc7e70
@@ -477,13 +477,6 @@ def judge_stages(
     return judge_pairs(name, statement, f"interval of d below {f'{high:.4f} nats' if high else 0}", said,
                        lambda ends: judge_region(*ends, high=high), d, plan.alpha, lost, decides=decides)
 
-def findings(c: Conversion) -> list[Finding]:
-    "Findings on the three statements."
-    margin = c.study.plan.margin
-    return [judge_stages(c, "distilled", "the dense network predicts what the experts predict", REGRESSED, EXPERTS, margin, True),
-            judge_stages(c, "fallback", "the shared experts alone predict what a dense model does", SHARED, DENSE, margin),
-            judge_stages(c, "worth it", "the distilled network predicts better than a dense one that read the text", REGRESSED, DENSE)]
-
 # %% ../../nbs/experiments/12_dense.ipynb #7be0c2d4
 def draw_stages(c: Conversion) -> Figure:
     "Draw the perplexity of each stage: a point per seed, joined across stages, and a diamond for the mean."
@@ -503,6 +496,14 @@ def plot_stages(c: Conversion) -> Picture:
     "Chart of perplexity by stage, as a picture."
     said = [f"{name} {c.ppl(name):.4g}" for name in c.names]
     return Picture(draw_stages(c), f"PPL: {', '.join(said) or 'no model is distilled yet'}")
+
+# %% ../../nbs/experiments/12_dense.ipynb #c874b945
+def findings(c: Conversion) -> list[Finding]:
+    "Findings on the three statements."
+    margin = c.study.plan.margin
+    return [judge_stages(c, "distilled", "the dense network predicts what the experts predict", REGRESSED, EXPERTS, margin, True),
+            judge_stages(c, "fallback", "the shared experts alone predict what a dense model does", SHARED, DENSE, margin),
+            judge_stages(c, "worth it", "the distilled network predicts better than a dense one that read the text", REGRESSED, DENSE)]
 
 # %% ../../nbs/experiments/12_dense.ipynb #474759dc
 def measured(c: Conversion) -> dict[str, tuple[Span, str]]:
@@ -541,6 +542,7 @@ def stages_table(c: Conversion) -> Table:
     formats = {"parameters": "{:,}", "nats a token": "{:.4f}", "PPL": "{:.4g}", "left of the variance": "{:.1%}"}
     return Table(rows, formats | dict.fromkeys(("d (nats)", "from", "to"), "{:+.4f}"))
 
+# %% ../../nbs/experiments/12_dense.ipynb #d67bb0b3
 def seeds_table(c: Conversion) -> Table:
     "Loss of each stage, by seed."
     rows = [{"seed": seed} | {name: c.losses(name).get(seed) for name in c.names} for seed in sorted(c.stages)]

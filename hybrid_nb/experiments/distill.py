@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'teacher_loss', 'untrained', 'teacher_facts', 'DistillOutcome', 'distilled_arms', 'judge_arm',
-           'findings', 'teachers_table', 'parts_table', 'cost_table', 'verdict_table', 'draw_parts', 'plot_parts',
+           'teachers_table', 'parts_table', 'cost_table', 'verdict_table', 'draw_parts', 'plot_parts', 'findings',
            'pack', 'unpack', 'headline']
 
 # %% ../../nbs/experiments/05_distill.ipynb #ce863579
@@ -118,10 +118,6 @@ def judge_arm(c: Comparison) -> Finding:
     return Finding(c.arm, f"loss below that of {c.base}", "interval of d below 0", _interval(c), verdict, c.d, p and (p.lower, p.upper),
                    conclusion=conclusion)
 
-def findings(o: DistillOutcome) -> list[Finding]:
-    "A finding for each arm that makes a claim."
-    return [judge_arm(c) for c in o.study.comparisons() if c.arm in o.study.plan.claims]
-
 # %% ../../nbs/experiments/05_distill.ipynb #d453e796
 def teachers_table(o: DistillOutcome) -> Table:
     "Size and loss of each teacher, bytes kept of it, and seconds to read it."
@@ -206,6 +202,11 @@ def plot_parts(study: Study, arm: str) -> Picture:
     last = list(_parts(study, arm).values())[-1:]
     says = [f"{key} {mse / power:.3g}" for key, (mse, _, power) in (last[0] if last else {}).items() if power]
     return Picture(draw_parts(study, arm), f"{arm}, error over power at the end: {', '.join(says) or 'no records'}")
+
+# %% ../../nbs/experiments/05_distill.ipynb #b6a1b3b2
+def findings(o: DistillOutcome) -> list[Finding]:
+    "A finding for each arm that makes a claim."
+    return [judge_arm(c) for c in o.study.comparisons() if c.arm in o.study.plan.claims]
 
 # %% ../../nbs/experiments/05_distill.ipynb #82cb1a2f
 def pack(o: DistillOutcome) -> dict[str, Any]:  # JSON-serialisable

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'problem', 'problems', 'tuning_config', 'final_number', 'stated_result', 'held_questions', 'ask',
-           'check_ranks', 'tuning_arms', 'claims', 'Tuning', 'examine', 'learned_table', 'price_table', 'answers_table',
-           'draw_price', 'plot_price', 'findings', 'verdict_table', 'pack', 'unpack']
+           'check_ranks', 'tuning_arms', 'claims', 'Tuning', 'examine', 'learned_table', 'draw_price', 'plot_price',
+           'price_table', 'answers_table', 'findings', 'verdict_table', 'pack', 'unpack']
 
 # %% ../../nbs/experiments/07_finetune.ipynb #7633fbdc
 import json
@@ -155,6 +155,7 @@ def check_ranks(ranks: Iterable[int]) -> list[int]:
         raise ConfigError(f"ranks={ranks} must be at least one whole number above 0")
     return ranks
 
+# %% ../../nbs/experiments/07_finetune.ipynb #f989a1a5
 def tuning_arms(
     config: Config,  # from `tuning_config`, with the learning rate of full fine-tuning
     start: str | Path,  # folder of the base run
@@ -171,6 +172,7 @@ def tuning_arms(
         arms.append(Arm(f"lora-{rank}", {"train.lr": lora_lr}, override(config, {f"finetune.{k}": v for k, v in values.items()})))
     return arms + ([Arm("scratch", config=config)] if control else [])
 
+# %% ../../nbs/experiments/07_finetune.ipynb #f13a81d3
 def claims(arms: Iterable[Arm]) -> list[str]:
     "Name of the arm with the largest rank."
     tuned = {a.name: a.config.finetune.rank for a in arms if a.config.finetune is not None}
@@ -183,6 +185,7 @@ class Tuning:
     study: Study
     saved: list[dict[str, Any]]  # JSON-serialisable, one entry per finished run
 
+# %% ../../nbs/experiments/07_finetune.ipynb #9683f1d1
 def examine(
     study: Study,  # finished, of `tuning_arms`
     folder: str | Path,  # of its run folders
@@ -231,6 +234,21 @@ def learned_table(t: Tuning) -> Table:
     formats = {"loss before": "{:.4f}", "after": "{:.4f}", "PPL before": "{:.4g}", "PPL after": "{:.4g}"}
     return Table(rows, formats | {"saved model, off by at most": "{:.1e}"})
 
+# %% ../../nbs/experiments/07_finetune.ipynb #e6a10c59
+def draw_price(study: Study) -> Figure:
+    "Draw perplexity of the answers by arm, those that train the fewest parameters first."
+    trained, colors = {arm: study.finished(arm)[0].info["params"]["trainable"] for arm in _done(study)}, palette(study.plan.arms)
+    rows = [seed_row(arm, [run.records("eval")[-1]["val_loss"] for run in study.finished(arm)], study.plan.alpha, "{:,.4g}",
+                     f"{trained[arm]:,} trained", colors[arm], perplexity) for arm in sorted(trained, key=trained.__getitem__)]
+    before = {perplexity(_ends(study, arm)[0]): "before" for arm in _done(study)[:1]}
+    return draw_dots(rows, before, xscale="log", xlabel="PPL of the answers; at the right with the number of trained parameters")
+
+def plot_price(study: Study) -> Picture:
+    "Chart of perplexity against trained parameters, as a picture."
+    says = [f"{arm} {perplexity(_ends(study, arm)[1]):.4g}" for arm in _done(study)]
+    return Picture(draw_price(study), f"PPL of the answers: {', '.join(says) or 'no run is done'}")
+
+# %% ../../nbs/experiments/07_finetune.ipynb #54daec32
 def price_table(t: Tuning) -> Table:
     "Trained parameters and cost of each arm."
     rows, base = [], None
@@ -249,24 +267,11 @@ def price_table(t: Tuning) -> Table:
                "peak memory (GiB)": "{:.2f}", "tokens/s": "{:,.0f}", "seconds a run": "{:.1f}"}
     return Table(rows, formats | ({list(rows[0])[8]: "{:.2f}"} if rows else {}))
 
+# %% ../../nbs/experiments/07_finetune.ipynb #cb36dc6c
 def answers_table(t: Tuning) -> Table:
     "Some model answers beside the right ones."
     return Table([{"arm": row["arm"], "question": a["question"], "answer": a["answer"], "the beginning of what it said": a["said"][:32]}
                   for row in t.saved for a in row["answers"]])
-
-# %% ../../nbs/experiments/07_finetune.ipynb #e6a10c59
-def draw_price(study: Study) -> Figure:
-    "Draw perplexity of the answers by arm, those that train the fewest parameters first."
-    trained, colors = {arm: study.finished(arm)[0].info["params"]["trainable"] for arm in _done(study)}, palette(study.plan.arms)
-    rows = [seed_row(arm, [run.records("eval")[-1]["val_loss"] for run in study.finished(arm)], study.plan.alpha, "{:,.4g}",
-                     f"{trained[arm]:,} trained", colors[arm], perplexity) for arm in sorted(trained, key=trained.__getitem__)]
-    before = {perplexity(_ends(study, arm)[0]): "before" for arm in _done(study)[:1]}
-    return draw_dots(rows, before, xscale="log", xlabel="PPL of the answers; at the right with the number of trained parameters")
-
-def plot_price(study: Study) -> Picture:
-    "Chart of perplexity against trained parameters, as a picture."
-    says = [f"{arm} {perplexity(_ends(study, arm)[1]):.4g}" for arm in _done(study)]
-    return Picture(draw_price(study), f"PPL of the answers: {', '.join(says) or 'no run is done'}")
 
 # %% ../../nbs/experiments/07_finetune.ipynb #ca23705f
 def findings(t: Tuning) -> list[Finding]:
@@ -276,6 +281,7 @@ def findings(t: Tuning) -> list[Finding]:
             *(Finding(arm, "", "", f"loss of the answers {before:.4f} before, {after:.4f} after", "", decides=False)
               for arm, (before, after) in losses.items())]
 
+# %% ../../nbs/experiments/07_finetune.ipynb #096fb3ba
 def verdict_table(t: Tuning) -> Table:
     "Verdict and its reasons."
     return because_table(judge_all(findings(t)))

@@ -7,12 +7,9 @@ __all__ = ['EXPERIMENTS', 'get_experiment']
 
 # %% ../../nbs/experiments/00_registry.ipynb #91895d41
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..config.errors import BAD_DATA, RunError
-
-if TYPE_CHECKING:
-    from hybrid_nb.study.experiment import Experiment
 
 # %% ../../nbs/experiments/00_registry.ipynb #059b4c64
 EXPERIMENTS = {  # module by kind
@@ -24,7 +21,7 @@ EXPERIMENTS = {  # module by kind
 
 def get_experiment(
     kind: str,  # one of EXPERIMENTS
-) -> "Experiment":
+) -> Any:  # its Experiment
     "The experiment of a kind; RunError for an unknown one."
     if kind not in EXPERIMENTS:
         raise RunError(f"unknown kind of experiment {kind!r}; known: {', '.join(EXPERIMENTS)}", BAD_DATA)
