@@ -26,12 +26,12 @@ from .engine import _PATHS
 from ..config.errors import BAD_DATA, RunError
 from ..config.override import override
 from ..experiments.registry import get_experiment
-from ..report.bundle import current_words
 from ..report.index import read_report, read_result, report_data
 from ..report.page import _TAGS, notebook_title, report_page
 from ..report.publish import PARTS, _injected, part_hashes, seal
 from ..report.redact import _short, redact_all
 from ..report.result import _SCHEMA, RESULT_MIME, Result, code_cells, shown_result, small_result
+from ..report.vocabulary import current_words
 from ..runs.files import temporary_folder
 from ..runs.messages import first_line as _line
 from ..runs.provenance import _git, checkout

@@ -41,11 +41,11 @@ from .srte import DOCUMENT_TOTALS
 from ..model.orthogonal import generate_orthogonal_matrix
 from ..model.projector import KVDimensionProjector, recommend
 from ..model.srte import SRTE, sincos_frequencies
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE, VERDICTS
 from ..report.curves import LEVELS
 from ..report.figure import BLUE, GREY, RED, Picture
 from ..report.result import result_problem
 from ..report.table import Table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE, VERDICTS
 from ..runs.files import read_json
 from ..study.experiment import Experiment
 from ..study.findings import DIVERGED, Finding, Span

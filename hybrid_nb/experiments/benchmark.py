@@ -37,8 +37,8 @@ from ..model.attention import LocalGlobalAttention, attend_window, window_mask
 from ..model.hybrid import HybridBlock
 from ..model.rope import rope_table
 from ..model.ssm import CHUNK, MambaMixer, scan_kernel, selective_scan, selective_scan_chunked, selective_scan_reference
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN
 from ..report.figure import BLUE, RED, Curve, Picture, draw_curves, name_ends
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..train.timing import BenchmarkCase, allocated, make_step, time_interleaved
 
 # %% ../../nbs/experiments/03_benchmark.ipynb #2241ec94

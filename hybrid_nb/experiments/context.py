@@ -26,10 +26,10 @@ from ..config.errors import BAD_DATA, ConfigError, RunError
 from ..data.prepare import prepare
 from ..data.tokens import Shards
 from ..model.decoder import DecoderForCausalLM
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN
 from ..report.figure import GREY, Curve, Picture, draw_curves, name_ends, palette
 from ..report.table import Table
 from ..report.verdict import because_table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..runs.files import io_errors
 from ..runs.runs import Run
 from ..study.experiment import Experiment

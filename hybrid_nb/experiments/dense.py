@@ -40,9 +40,9 @@ from ..data.tokenizer import load_tokenizer
 from ..model.decoder import DecoderForCausalLM, make_decoder, quiet_transformers
 from ..model.ffn import SwiGLUFeedForward
 from ..model.moe import MixtureOfExperts, shared_only
-from ..report.bundle import HOLDS
 from ..report.figure import BLUE, GREY, RED, Picture, Row, draw_dots
 from ..report.table import Table
+from ..report.vocabulary import HOLDS
 from ..runs.files import io_errors, write_json
 from ..runs.provenance import in_checkout
 from ..runs.runs import load_run

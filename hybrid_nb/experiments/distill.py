@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 from ..config.config import Config
 from ..data.prepare import prepare
 from ..data.tokenizer import load_tokenizer
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN
 from ..report.figure import Curve, Picture, draw_curves, name_ends
 from ..report.table import Table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..runs.files import publish
 from ..study import study as studies
 from ..study.compare import Comparison

@@ -27,9 +27,10 @@ from ..config.config import Config, HybridConfig
 from ..config.errors import ConfigError
 from ..config.override import override
 from ..config.presets import get_config
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, StoredRun
+from ..report.bundle import StoredRun
 from ..report.figure import VERDICT_COLORS, Picture, Row, draw_dots, draw_forest
 from ..report.table import Table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..runs.provenance import in_checkout
 from ..runs.runs import Run, load_run
 from ..study import run as study_run

@@ -36,8 +36,8 @@ from ..config.errors import ConfigError, RunError
 from ..config.presets import from_dict, get_config
 from ..model.decoder import checkpoint_activations
 from ..model.hybrid import make_model
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN
 from ..report.table import Table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..runs.files import temporary_folder
 from ..runs.messages import Parser, last_words
 from ..study.experiment import Experiment

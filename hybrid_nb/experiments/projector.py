@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from ..config.errors import ConfigError, closest
 from ..model.projector import ElasticBottleneck, init_linear
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, _round
+from ..report.bundle import _round
 from ..report.figure import BLUE, GREY, RED, Curve, Picture, Row, draw_curves, draw_dots, name_ends, panel
 from ..report.table import Table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..study.experiment import Experiment
 from ..study.findings import Finding, Span, judge_region
 from ..study.stats import t_interval

@@ -28,9 +28,10 @@ from ..account.params import Params, param_rows
 from ..config.config import Config, HybridConfig
 from ..config.errors import BAD_DATA, ConfigError, RunError, closest
 from ..config.presets import get_config
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, StoredRun
+from ..report.bundle import StoredRun
 from ..report.figure import Picture, draw_dots, palette
 from ..report.table import Table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..runs.provenance import in_checkout
 from ..runs.runs import Run
 from ..study import run as study_run

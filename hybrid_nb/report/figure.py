@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from .bundle import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE
+from .vocabulary import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE
 
 # %% ../../nbs/report/03_figure.ipynb #cd773bda
 class Picture:

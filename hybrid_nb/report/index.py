@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import BAD_DATA, RunError
-from .bundle import current_words
 from .page import _address, _badge, _escaped, page
 from .redact import _short
 from .result import _number_text, report_problem, result_problem
+from .vocabulary import current_words
 from ..runs.files import io_errors, no_twice, read_json, replace_file
 from ..runs.messages import first_line as _line
 

@@ -14,9 +14,9 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from .bundle import FAILS, HOLDS
 from .redact import redact_all
 from .result import _number_text, result_problem, shown_result
+from .vocabulary import FAILS, HOLDS
 from ..runs.files import io_errors, replace_file
 from ..runs.runs import HEALTHY
 

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from ..config.errors import BAD_DATA, ConfigError, RunError
-from .bundle import VERDICTS, current_words
+from .vocabulary import VERDICTS, current_words
 from ..runs.messages import first_line as _line
 from ..runs.runs import HEALTH
 

@@ -17,8 +17,9 @@ from ..account.params import count_params
 from ..config.config import asdict, config_hash
 from ..config.errors import BAD_DATA, RunError
 from ..config.presets import get_config
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, StoredRun
+from ..report.bundle import StoredRun
 from ..report.verdict import divergence
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..runs.runs import Run, load_run
 from .stats import ALPHA, MARGIN, PASSING, Paired, paired
 

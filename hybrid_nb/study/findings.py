@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..report.bundle import FAILS, HOLDS, NOT_SHOWN, overall
 from ..report.table import Table
+from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN, overall
 from .stats import ALPHA, t_interval
 from ..train.evaluate import ppl_change
 
