@@ -979,7 +979,7 @@ def draw_audit(findings: list[JudgedClaim]) -> Figure:
         for verdict in VERDICTS:
             n = sum(f.verdict == verdict for f in mine)
             left.barh(y, n, left=at, height=0.6, color=_COLORS[verdict], label=verdict if y == 0 else None)
-            if n:
+            if n > 3:  # narrower bars have no room; the table has their number
                 left.annotate(str(n), (at + n / 2, y), ha="center", va="center", fontsize=9,
                               color="white" if verdict in (HOLDS, FAILS) else "black")
             at += n
