@@ -13,9 +13,10 @@ import pytest
 from hybrid_nb.config.config import asdict
 from hybrid_nb.config.presets import get_config
 from hybrid_nb.experiments import audit
-from hybrid_nb.experiments.audit import CLAIMS, Measurement, as_span, trainable
+from hybrid_nb.experiments.audit import CLAIMS, Measurement, trainable
 from hybrid_nb.report.index import read_result
 from hybrid_nb.report.vocabulary import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE, VERDICTS
+from hybrid_nb.study.findings import as_span
 
 ROOT = Path(__file__).resolve().parent.parent
 HNB = str(Path(sys.executable).parent / "hnb")

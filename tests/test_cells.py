@@ -69,7 +69,7 @@ CROWDED: dict[str, int] = {
     "experiments/10_qk_speed": 6,
     "experiments/11_foundation": 7,
     "experiments/12_dense": 7,
-    "experiments/13_audit": 13,
+    "experiments/13_audit": 12,
     "cli/02_command": 1,
     "cli/06_verify": 1,
     "cli/07_main": 2,

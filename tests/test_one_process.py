@@ -1,13 +1,12 @@
 """Notebooks that run in one process, as `nbdev_test` has them do: what one defines does not replace what the package has registered."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_repo import ROOT, code_cells
 
-ROOT = Path(__file__).parents[1]
 REGISTERING = ("custom_op(", "register_model(", ".register(")
 PROGRAM = """
 import sys
@@ -33,8 +32,7 @@ for preset in ("hybrid-smoke", "moe-smoke"):
 
 def exported(path: Path) -> list[str]:
     "The exported cells of a notebook."
-    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    return ["".join(c["source"]) for c in cells if "".join(c["source"]).startswith("#| export")]
+    return [c["source"] for c in code_cells(path) if c["source"].startswith("#| export")]
 
 
 def registering() -> list[Path]:

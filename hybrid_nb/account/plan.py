@@ -20,7 +20,7 @@ from ..config.cast import cast
 from ..config.config import ALIASES, FIELD_NAMES, Config, agree
 from ..config.documents import load_config
 from ..config.errors import ConfigError, brief, closest
-from ..config.override import override, written
+from ..config.override import override, quoted, written
 from ..config.presets import get_config
 
 # %% ../../nbs/account/05_plan.ipynb #a67c4cd9
@@ -250,7 +250,7 @@ def plan_run(
     if not asked["full"] and device == "cpu":
         own = runs > 1 or whole.name in WATCHED and whole.train.steps == get_config(whole.name).train.steps
         config, trial, note = _fit(whole, runs, TRIAL_SECONDS if own else LONGEST)
-    words = [f"-p {name} {shlex.quote(cast(name, value, str))}" for name, value in asked.items()
+    words = [f"-p {name} {quoted(name, value)}" for name, value in asked.items()
              if name == "model" or value != _PLANNED[name].default]
     command = " ".join(["papermill pipelines/train.ipynb", *words])
     return RunPlan(config, whole, trial, asked["run"], device, command, note)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'FACTOR', 'PEERS', 'PUBLISHED', 'NAMES', 'CLAIMS_000', 'CLAIMS_001', 'CLAIMS_002', 'CLAIMS_003', 'CLAIMS_004',
-           'SETTINGS', 'CLAIMS', 'DOCUMENTS', 'EXPERIMENT', 'region', 'as_span', 'judge', 'Claim', 'NotMeasured',
-           'Measurement', 'preset', 'total', 'trainable', 'part', 'active', 'forward', 'recomputed', 'gib', 'held',
-           'least_hours', 'peer', 'Shape', 'kv_width', 'adapter', 'positive_determinants', 'normalised', 'srte_shape',
-           'default', 'evaluate', 'JudgedClaim', 'judge_claim', 'Setting', 'strays', 'read_benchmark',
-           'measured_figures', 'read_measurements', 'audit', 'stated_text', 'value_text', 'shown_by', 'sentence',
-           'counts_table', 'claims_table', 'settings_table', 'first_lines', 'failures', 'unknowns', 'draw_audit',
-           'plot_audit', 'Audit', 'pack', 'unpack', 'findings', 'headline', 'tables']
+           'SETTINGS', 'CLAIMS', 'DOCUMENTS', 'EXPERIMENT', 'region', 'judge', 'Claim', 'NotMeasured', 'Measurement',
+           'preset', 'total', 'trainable', 'part', 'active', 'forward', 'recomputed', 'gib', 'held', 'least_hours',
+           'peer', 'Shape', 'kv_width', 'adapter', 'positive_determinants', 'normalised', 'srte_shape', 'default',
+           'evaluate', 'JudgedClaim', 'judge_claim', 'Setting', 'strays', 'read_benchmark', 'measured_figures',
+           'read_measurements', 'audit', 'stated_text', 'value_text', 'shown_by', 'sentence', 'counts_table',
+           'claims_table', 'settings_table', 'first_lines', 'failures', 'unknowns', 'draw_audit', 'plot_audit', 'Audit',
+           'pack', 'unpack', 'findings', 'headline', 'tables']
 
 # %% ../../nbs/experiments/13_audit.ipynb #664b926f
 import inspect
@@ -48,7 +48,7 @@ from ..report.table import Table
 from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN, NOT_TESTABLE, VERDICTS
 from ..runs.files import read_json
 from ..study.experiment import Experiment
-from ..study.findings import DIVERGED, Finding, Span
+from ..study.findings import DIVERGED, Finding, Span, as_span
 from ..study.tables import part_params
 from ..train.optim import lr_at
 
@@ -83,13 +83,6 @@ def region(
             ">": (math.nextafter(x, math.inf), math.inf), ">=": (x, math.inf)}[sign]
 
 # %% ../../nbs/experiments/13_audit.ipynb #41d7e040
-def as_span(value: float | Iterable[float]) -> Span:
-    "Span of a number, or of a value with its lower and upper end."
-    ends = [float(x) for x in value] if isinstance(value, Iterable) else [float(value)] * 3
-    if len(ends) != 3 or not ends[1] <= ends[0] <= ends[2]:
-        raise ConfigError(f"{value!r} is neither a number nor (value, lower end, upper end)")
-    return Span(*ends)
-
 def judge(stated: str, span: Span) -> str:
     "Verdict on a stated figure."
     (low, high), eps = region(stated), 1e-9 * max(abs(span.low), abs(span.high))

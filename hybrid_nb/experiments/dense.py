@@ -46,10 +46,10 @@ from ..report.vocabulary import HOLDS
 from ..runs.files import io_errors, write_json
 from ..runs.provenance import in_checkout
 from ..runs.runs import load_run
-from ..study.experiment import Experiment, study_scale
+from ..study.experiment import Experiment, pack_study, study_scale
 from ..study.findings import Finding, Span, findings_table, judge_pairs, judge_region, notes_table, percent_span
 from ..study.stats import t_interval
-from ..study.study import Study, bundle, stored_study
+from ..study.study import Study, stored_study
 from ..study.tables import runs_table
 from ..study.trials import Arm
 from ..train.checkpoint import tensor_hash
@@ -573,8 +573,8 @@ def serving_table(c: Conversion) -> Table:
 # %% ../../nbs/experiments/12_dense.ipynb #bc3196b8
 def pack(c: Conversion) -> dict[str, Any]:  # JSON-serialisable
     "Study, losses, errors and serving times as a report stores them."
-    return {"info": {"status": c.study.status}, "study": bundle(c.study), "stages": {str(seed): rows for seed, rows in c.stages.items()},
-            "errors": {str(seed): x for seed, x in c.errors.items()}, "seconds": c.seconds}
+    return pack_study(c.study) | {"stages": {str(seed): rows for seed, rows in c.stages.items()},
+                                  "errors": {str(seed): x for seed, x in c.errors.items()}, "seconds": c.seconds}
 
 def unpack(stored: dict[str, Any]) -> Conversion:
     "The conversion from what a report stores."

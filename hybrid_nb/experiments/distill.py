@@ -29,7 +29,7 @@ from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..runs.files import publish
 from ..study import study as studies
 from ..study.compare import Comparison
-from ..study.experiment import Experiment
+from ..study.experiment import Experiment, pack_study
 from ..study.findings import Finding, judge_region
 from ..study.study import Study
 from ..study.tables import arms_table, left_out_table, pairs_table, runs_table, study_counts
@@ -211,7 +211,7 @@ def findings(o: DistillOutcome) -> list[Finding]:
 # %% ../../nbs/experiments/05_distill.ipynb #82cb1a2f
 def pack(o: DistillOutcome) -> dict[str, Any]:  # JSON-serialisable
     "Study and facts on the teachers that a report stores."
-    return {"info": {"status": o.study.status}, "teachers": o.teachers, "study": studies.bundle(o.study)}
+    return pack_study(o.study) | {"teachers": o.teachers}
 
 def unpack(stored: dict[str, Any]) -> DistillOutcome:
     "Study and facts from what a report stores."

@@ -35,10 +35,10 @@ from ..report.table import Table
 from ..report.verdict import because_table
 from ..runs.files import publish, read_manifest
 from ..runs.runs import Run
-from ..study.experiment import Experiment, study_findings, study_headline
+from ..study.experiment import Experiment, pack_study, study_findings, study_headline
 from ..study.figures import seed_row
 from ..study.findings import Finding, judge_all
-from ..study.study import Study, bundle, stored_study
+from ..study.study import Study, stored_study
 from ..study.tables import arms_table, pairs_table, runs_table
 from ..study.trials import Arm
 from ..train.checkpoint import checkpoints
@@ -289,7 +289,7 @@ def verdict_table(t: Tuning) -> Table:
 # %% ../../nbs/experiments/07_finetune.ipynb #906ca741
 def pack(t: Tuning) -> dict[str, Any]:  # JSON-serialisable
     "Study, losses and answers as a report stores them."
-    return {"info": {"status": t.study.status}, "outcomes": t.saved, "study": bundle(t.study)}
+    return pack_study(t.study) | {"outcomes": t.saved}
 
 def unpack(stored: dict[str, Any]) -> Tuning:
     "The study and its saved models from what a report stores."

@@ -35,10 +35,10 @@ from ..runs.provenance import in_checkout
 from ..runs.runs import Run, load_run
 from ..study import run as study_run
 from ..study.compare import Comparison
-from ..study.experiment import Experiment, study_scale
-from ..study.findings import Finding, Span, findings_table, judge_pairs, judge_region, notes_table, percent_span
+from ..study.experiment import Experiment, pack_study, study_scale
+from ..study.findings import Finding, Span, findings_table, judge_pairs, judge_region, mean_span, notes_table, percent_span
 from ..study.stats import ALPHA, MARGIN, t_interval
-from ..study.study import Study, bundle, stored_study
+from ..study.study import Study, stored_study
 from ..study.tables import pairs_table as study_pairs
 from ..study.tables import runs_table, study_counts
 from ..study.trials import Arm
@@ -407,15 +407,13 @@ def measured(e: FoundationStudy) -> dict[str, tuple[Span, str]]:
     judged = ("ppl", judge_loss(e)), *(("moe_ppl", judge_experts(e, size)) for size in sizes), ("stability", judge_stability(e))
     found = {name: percent_span(f.mean, *f.interval) for name, f in judged if f.interval}
     for dense, mixed in map(e.design.pair, sizes):
-        mean, _, *ends = t_interval(np.divide(e.seconds[mixed], e.seconds[dense]))
-        found["moe_time"] = Span(*map(float, (mean, *ends)))
+        found["moe_time"] = mean_span(np.divide(e.seconds[mixed], e.seconds[dense]).tolist())
     return {name: (span, study_scale(e.study)) for name, span in found.items()}
 
 # %% ../../nbs/experiments/11_foundation.ipynb #007d6a4a
 def pack(e: FoundationStudy) -> dict[str, Any]:  # JSON-serialisable
     "Design, study, stability and step times as a report stores them."
-    return {"info": {"status": e.study.status}, "design": asdict(e.design), "study": bundle(e.study), "stability": e.stability,
-            "seconds": e.seconds}
+    return pack_study(e.study) | {"design": asdict(e.design), "stability": e.stability, "seconds": e.seconds}
 
 def unpack(stored: dict[str, Any]) -> FoundationStudy:
     "The study from what a report stores."

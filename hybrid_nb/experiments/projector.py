@@ -6,11 +6,10 @@
 __all__ = ['TEACHERS', 'TARGETS', 'RANK', 'NOISE', 'ACTIVATIONS', 'RIDGES', 'SIZES', 'RATIOS', 'NORMED', 'LONGER', 'DROPOUTS',
            'FACTOR', 'STATED_LOSS', 'STATED_STEPS', 'STATED_SPEED', 'COLORS', 'VIEWS', 'EXPERIMENT', 'teacher_vectors',
            'Task', 'ProjectorRun', 'Scale', 'make_adapter', 'train_fit', 'best_linear', 'Sizes', 'experiments',
-           'run_part', 'step_costs', 'within_factor', 'over_seeds', 'judge', 'claims_table', 'adapter_size',
-           'parameter_findings', 'converged', 'explained', 'Records', 'converged_at', 'stated_findings',
-           'part_findings', 'unseen_findings', 'Outcome', 'findings', 'arms_table', 'costs_table', 'draw_losses',
-           'plot_losses', 'draw_norms', 'plot_norms', 'draw_unseen', 'plot_unseen', 'pack', 'unpack', 'headline',
-           'measured']
+           'run_part', 'step_costs', 'within_factor', 'judge', 'claims_table', 'adapter_size', 'parameter_findings',
+           'converged', 'explained', 'Records', 'converged_at', 'stated_findings', 'part_findings', 'unseen_findings',
+           'Outcome', 'findings', 'arms_table', 'costs_table', 'draw_losses', 'plot_losses', 'draw_norms', 'plot_norms',
+           'draw_unseen', 'plot_unseen', 'pack', 'unpack', 'headline', 'measured']
 
 # %% ../../nbs/experiments/09_projector.ipynb #afc128a3
 import math
@@ -32,8 +31,7 @@ from ..report.figure import BLUE, GREY, RED, Curve, Picture, Row, draw_curves, d
 from ..report.table import Table
 from ..report.vocabulary import FAILS, HOLDS, NOT_SHOWN
 from ..study.experiment import Experiment
-from ..study.findings import Finding, Span, judge_region
-from ..study.stats import t_interval
+from ..study.findings import Finding, Span, as_span, judge_region, mean_span
 from ..train.timing import allocated, find_device, time_interleaved
 
 # %% ../../nbs/experiments/09_projector.ipynb #a5a9cce5
@@ -266,11 +264,6 @@ def within_factor(stated: float, factor: float = FACTOR) -> dict[str, float]:
     "Region within a factor of a stated number."
     return {"low": stated / factor, "high": stated * factor}
 
-def over_seeds(values: Sequence[float]) -> Span:
-    "Mean of at least two numbers, with its interval."
-    mean, _, low, high = map(float, t_interval(values))
-    return Span(mean, low, high)
-
 def judge(
     part: str,
     statement: str,
@@ -284,9 +277,9 @@ def judge(
     "The finding on a claim that a number lies in a region."
     span, says = None, form.format(float(np.mean(values)))
     if exact:
-        span = Span(*[values[0]] * 3)
+        span = as_span(values[0])
     elif len(values) > 1:
-        span = over_seeds(values)
+        span = mean_span(values)
         says += f" ({form.format(span.low)} to {form.format(span.high)})"
     first, last = form.format(low), form.format(high)
     region = f"above {first}" if math.isinf(high) else f"below {last}" if math.isinf(low) else f"{first} to {last}"
@@ -590,12 +583,12 @@ def measured(o: Outcome) -> dict[str, tuple[Span, str]]:
              "kaiming_steps": table.ratio("parts", "kaiming", "SiLU, xavier", converged_at),
              "dead_relu": [100 * x for x in table.values("parts", "ReLU", "dead")]}
     seconds = {row["arm"]: float(np.median(row["seconds"])) for row in o.costs}
-    spans = {name: over_seeds(values) for name, values in stated.items()}
-    spans |= {f"time_{arm}": Span(*[s / seconds["linear"]] * 3) for arm, s in seconds.items()}
-    spans |= {f"speed_{arm}": Span(*[seconds["linear"] / s] * 3) for arm, s in seconds.items()}
+    spans = {name: mean_span(values) for name, values in stated.items()}
+    spans |= {f"time_{arm}": as_span(s / seconds["linear"]) for arm, s in seconds.items()}
+    spans |= {f"speed_{arm}": as_span(seconds["linear"] / s) for arm, s in seconds.items()}
     found = {name: (span, f"5,120 to 1,536, {seeds} seeds") for name, span in spans.items()}
     scale = f"{narrow.d_teacher:,} to {narrow.d_student:,}, {seeds} seeds"
-    return found | {name: (over_seeds(values), scale) for name, values in parts.items()}
+    return found | {name: (mean_span(values), scale) for name, values in parts.items()}
 
 EXPERIMENT = Experiment(
     "projector", pack, unpack, findings, headline, measured=measured,

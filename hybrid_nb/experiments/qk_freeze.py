@@ -37,7 +37,7 @@ from ..runs.runs import Run
 from ..study import run as study_run
 from ..study import study as studies
 from ..study.compare import Comparison, _last_eval
-from ..study.experiment import Experiment, study_scale
+from ..study.experiment import Experiment, pack_study, study_scale
 from ..study.figures import ppl_curve, seed_row
 from ..study.findings import DIVERGED, Claim, Finding, Span, _interval, judge_pairs, judge_region, percent_span
 from ..study.stats import t_interval
@@ -466,7 +466,7 @@ def plot_target(a: Analysis) -> Picture:
 # %% ../../nbs/experiments/04_qk_freeze.ipynb #d384a80d
 def pack(a: Analysis) -> dict[str, Any]:  # JSON-serialisable
     "Study and target perplexity that a report stores."
-    return {"info": {"status": a.study.status}, "target": a.target, "study": studies.bundle(a.study)}
+    return pack_study(a.study) | {"target": a.target}
 
 def unpack(stored: dict[str, Any]) -> Analysis:
     "Analysis from what a report stores."

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'Experiment', 'command_text', 'study_findings', 'study_headline', 'study_tables', 'study_scale',
-           'study_measured']
+           'pack_study', 'study_measured']
 
 # %% ../../nbs/study/10_experiment.ipynb #77fc2cc6
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from IPython.display import Markdown
 
 from ..account.params import count_params
+from ..config.override import quoted
 from ..report.bundle import as_results, check_bundle
 from ..report.result import Result
 from ..report.table import Table
@@ -82,11 +82,7 @@ def command_text(
     parameters: dict[str, Any],  # by name; empty texts are left out
 ) -> Markdown:
     "The command that runs a pipeline with these parameters."
-    def text(value):
-        one = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        return one.lower() if isinstance(value, bool) else one
-
-    words = [f"-p {name} {shlex.quote(text(value))}" for name, value in parameters.items() if value != ""]
+    words = [f"-p {name} {quoted(name, value)}" for name, value in parameters.items() if value != ""]
     return Markdown("```\n" + " ".join(["hnb run", pipeline, *words]) + "\n```")
 
 # %% ../../nbs/study/10_experiment.ipynb #c55532ff
@@ -110,6 +106,11 @@ def study_scale(study: Study) -> str:
     "The size of a study in words: parameters, steps and seeds."
     run = next(e.run for e in study.entries if e.run is not None)
     return f"{count_params(run.config).total:,} parameters, {run.config.train.steps:,} steps, {len(study.plan.seeds)} seeds"
+
+# %% ../../nbs/study/10_experiment.ipynb #1371addf
+def pack_study(study: Study) -> dict[str, Any]:  # JSON-serialisable
+    "The part of a bundle that an experiment with a study stores of it."
+    return {"info": {"status": study.status}, "study": bundle(study)}
 
 # %% ../../nbs/study/10_experiment.ipynb #6c7d6aa5
 def study_measured(study: Study) -> dict[str, tuple[Span, str]]:
