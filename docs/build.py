@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"nbs/index.ipynb": "README.md"} | {f"nbs/docs/{name}.ipynb": f"docs/{name}.md" for name in ("measured", "claims", "notebooks", "adding-an-experiment")}
+DOCS = ("measured", "claims", "notebooks", "adding-an-experiment")
+PAGES = {"nbs/index.ipynb": "README.md"} | {f"nbs/docs/{name}.ipynb": f"docs/{name}.md" for name in DOCS}
 
 
 def relink(text: str, source: Path, target: Path) -> str:
